@@ -1,0 +1,159 @@
+"""Vector quantisation with l2-normalised codes (GigaTok, VQGAN-LC; entropy loss of MAGVIT-v2/MaskGIT).
+
+Distances are squared Euclidean on the unit sphere, in float32, and never leave this file: the nearest entry, the
+entropy and the averages are computed chunk by chunk over the codebook axis, so memory is bounded by
+rows × `chunk_size` however large the codebook is.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.bottlenecks.codes import Codes
+
+ESTIMATORS = ("straight_through", "rotation")
+_HIGHEST = jax.lax.Precision.HIGHEST  # a bf16 product of the 8-d codes flips ids
+
+
+def unit(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """x / max(‖x‖, epsilon) over the last axis, with a finite gradient at 0."""
+    square = jnp.sum(jnp.square(x), -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
+
+
+def _distances(z_NZ: jax.Array, codebook_VZ: jax.Array) -> jax.Array:
+    """(N, V) squared distances."""
+    z_squared, c_squared = jnp.sum(z_NZ**2, -1), jnp.sum(codebook_VZ**2, -1)
+    return z_squared[:, None] + c_squared[None] - 2 * jnp.matmul(z_NZ, codebook_VZ.T, precision=_HIGHEST)
+
+
+def _chunks(codebook_VZ: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(chunks, chunk, Z) zero-padded entries, (chunks,) offsets and (chunks, chunk) validity."""
+    size, dim = codebook_VZ.shape
+    count = -(-size // chunk_size)
+    padded = jnp.pad(codebook_VZ, ((0, count * chunk_size - size), (0, 0))).reshape(count, chunk_size, dim)
+    index = jnp.arange(count * chunk_size).reshape(count, chunk_size)
+    return padded, index[:, 0], index < size
+
+
+def nearest(z_NZ: jax.Array, codebook_VZ: jax.Array, chunk_size: int) -> jax.Array:
+    """(N,) int32 index of the nearest entry, the first on ties."""
+
+    def body(carry: tuple[jax.Array, jax.Array], chunk: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+        best_N, ids_N = carry
+        entries, offset, valid = chunk
+        d = jnp.where(valid[None], _distances(z_NZ, entries), jnp.inf)
+        here_N, at_N = d.min(-1), jnp.argmin(d, -1).astype(jnp.int32) + offset.astype(jnp.int32)
+        closer = here_N < best_N
+        return (jnp.where(closer, here_N, best_N), jnp.where(closer, at_N, ids_N)), None
+
+    start = jnp.full_like(z_NZ[:, 0], jnp.inf), jnp.zeros_like(z_NZ[:, 0], jnp.int32)
+    return jax.lax.scan(body, start, _chunks(codebook_VZ, chunk_size))[0][1]
+
+
+def entropy_loss(
+    z_NZ: jax.Array, codebook_VZ: jax.Array, *, temperature: float, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean entropy of the rows' soft assignments, and entropy of their mean (nats); the loss is first − second.
+
+    p = softmax(−d / temperature). Under jit with sharded rows the mean runs over the global batch. Gradients reach
+    both arguments; each chunk is recomputed on the way back.
+    """
+    chunks = _chunks(codebook_VZ, chunk_size)
+
+    def logits(entries: jax.Array, valid: jax.Array) -> jax.Array:
+        return jnp.where(valid[None], _distances(z_NZ, entries) / -temperature, -jnp.inf)
+
+    @jax.checkpoint
+    def softmax_statistics(row: tuple[jax.Array, ...], chunk: Any) -> tuple[tuple[jax.Array, ...], None]:
+        peak_N, total_N, weighted_N = row
+        entries, _, valid = chunk
+        a = logits(entries, valid)
+        new_peak = jax.lax.stop_gradient(jnp.maximum(peak_N, a.max(-1)))  # the result does not depend on it
+        shift_N, e = jnp.exp(peak_N - new_peak), jnp.exp(a - new_peak[:, None])
+        a = jnp.where(valid[None], a, 0.0)
+        return (new_peak, total_N * shift_N + e.sum(-1), weighted_N * shift_N + (e * a).sum(-1)), None
+
+    zeros_N = jnp.zeros_like(z_NZ[:, 0])
+    start = (jnp.full_like(zeros_N, -1e30), zeros_N, zeros_N)
+    (peak_N, total_N, weighted_N), _ = jax.lax.scan(softmax_statistics, start, chunks)
+    log_sum_N = peak_N + jnp.log(total_N)
+    per_row = jnp.mean(log_sum_N - weighted_N / total_N)
+
+    @jax.checkpoint
+    def mean_entropy(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        entries, _, valid = chunk
+        mean_V = jnp.mean(jnp.exp(logits(entries, valid) - log_sum_N[:, None]), 0)
+        return total - jnp.sum(mean_V * jnp.log(mean_V + 1e-5)), None
+
+    of_mean, _ = jax.lax.scan(mean_entropy, jnp.zeros((), jnp.float32), chunks)
+    return per_row, of_mean
+
+
+def rotate(z: jax.Array, q: jax.Array) -> jax.Array:
+    """`q` in value; in gradient the rotation and scaling that takes `z` to `q` (Fifty et al. 2024, rotation trick)."""
+    norm_z = jnp.linalg.norm(z, axis=-1, keepdims=True)
+    norm_q = jnp.linalg.norm(q, axis=-1, keepdims=True)
+    u = jax.lax.stop_gradient(z / (norm_z + 1e-6))
+    v = jax.lax.stop_gradient(q / (norm_q + 1e-6))
+    w = jax.lax.stop_gradient((u + v) / jnp.maximum(jnp.linalg.norm(u + v, axis=-1, keepdims=True), 1e-12))
+    rotated = z - 2 * jnp.sum(z * w, -1, keepdims=True) * w + 2 * jnp.sum(z * u, -1, keepdims=True) * v
+    return rotated * jax.lax.stop_gradient(norm_q / (norm_z + 1e-6))
+
+
+def codebook_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Directions uniform on the cube, normalised."""
+    return unit(jax.random.uniform(key, shape, dtype, -1.0, 1.0))
+
+
+class VectorQuantizer(nn.Module):
+    """Latents (B, K, Z) → the nearest of `codebook_size` unit vectors; always float32.
+
+    In training `losses` holds `codebook` (mean (q − sg z)²), `commitment` (mean (sg q − z)², unweighted) and
+    `entropy` (row entropy minus entropy of the mean, over the global batch); jit drops what nobody reads.
+    """
+
+    codebook_size: int
+    code_dim: int
+    estimator: str = "rotation"
+    temperature: float = 0.01
+    chunk_size: int = 4096
+
+    def setup(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator {self.estimator!r} is not one of {ESTIMATORS}")
+        self.codebook = self.param("codebook", codebook_init, (self.codebook_size, self.code_dim))
+
+    def __call__(self, pre_BKZ: jax.Array, *, key: jax.Array | None = None, train: bool = False) -> Codes:
+        del key  # deterministic
+        B, K, Z = pre_BKZ.shape
+        z_NZ = unit(pre_BKZ.astype(jnp.float32)).reshape(B * K, Z)
+        codebook_VZ = unit(self.codebook.astype(jnp.float32))
+        chunk = min(self.chunk_size, self.codebook_size)
+        ids_N = nearest(jax.lax.stop_gradient(z_NZ), jax.lax.stop_gradient(codebook_VZ), chunk)
+        q_NZ = codebook_VZ[ids_N]
+        losses = {}
+        if train:
+            losses["codebook"] = jnp.mean((q_NZ - jax.lax.stop_gradient(z_NZ)) ** 2)
+            losses["commitment"] = jnp.mean((jax.lax.stop_gradient(q_NZ) - z_NZ) ** 2)
+            per_row, of_mean = entropy_loss(z_NZ, codebook_VZ, temperature=self.temperature, chunk_size=chunk)
+            losses["entropy"] = per_row - of_mean
+            if self.estimator == "rotation":
+                q_NZ = rotate(z_NZ, jax.lax.stop_gradient(q_NZ))
+            else:
+                q_NZ = z_NZ + jax.lax.stop_gradient(q_NZ - z_NZ)
+        return Codes(
+            latents_BKZ=q_NZ.reshape(B, K, Z),
+            ids_BK=ids_N.reshape(B, K),
+            mask_BK=jnp.ones((B, K), bool),
+            pre_BKZ=pre_BKZ,
+            moments=None,
+            losses=losses,
+        )
+
+    def lookup(self, ids_BK: jax.Array) -> Codes:
+        """The codes of stored ids (integers in [0, codebook_size))."""
+        latents = unit(self.codebook.astype(jnp.float32))[ids_BK]
+        return Codes(latents, ids_BK, jnp.ones(ids_BK.shape, bool), latents, None, {})

@@ -1,0 +1,120 @@
+"""A published checkpoint's tensors ↔ our parameter tree, as data: a total, bijective list of `Entry`.
+
+Each model's list is enumerated from its config, so a key is unknown, missing or misshapen by comparison with the list
+and never by a pattern that happens to match.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Entry(NamedTuple):
+    """One published tensor, and the leaf (or the rows or layer of it) that holds it here.
+
+    paths: our leaves, "/"-joined; several where the published tensor packs them along axis 0 (q|k|v).
+    kind: how the layout turns, see `to_ours`.   layer: index on our leading stack axis, or None.
+    shape: the published shape.
+    """
+
+    key: str
+    paths: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+
+
+def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
+    """Published layout → ours."""
+    if kind == "conv":  # OIHW → HWIO
+        return array.transpose(2, 3, 1, 0)
+    if kind == "dense":  # (out, in) → (in, out)
+        return array.T
+    if kind == "conv1x1":  # (out, in, 1, 1) → (in, out)
+        return array[:, :, 0, 0].T
+    if kind == "table":  # (positions, 1, D) → (positions, D)
+        return array[:, 0]
+    return array
+
+
+def to_published(array: np.ndarray, kind: str) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    if kind == "conv":
+        return array.transpose(3, 2, 0, 1)
+    if kind == "dense":
+        return array.T
+    if kind == "conv1x1":
+        return array.T[:, :, None, None]
+    if kind == "table":
+        return array[:, None]
+    return array
+
+
+def check_keys(entries: Iterable[Entry], state: Mapping[str, Any], droppable: tuple[str, ...] = ()) -> None:
+    """Every published key is accounted for.
+
+    Raises:
+      ValueError: listing all unknown, missing and misshapen keys.
+    """
+    want = {entry.key: entry.shape for entry in entries}
+    problems = [f"unknown: {key}" for key in state if key not in want and key not in droppable]
+    problems += [f"missing: {key} {shape}" for key, shape in want.items() if key not in state]
+    problems += [
+        f"misshapen: {key} is {tuple(state[key].shape)}, expected {shape}"
+        for key, shape in want.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        raise ValueError(f"{len(problems)} keys do not fit this model:\n  {shown}")
+
+
+def from_published(
+    entries: list[Entry], state: Mapping[str, np.ndarray], droppable: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Published tensors → our nested parameter dict (numpy)."""
+    check_keys(entries, state, droppable)
+    flat: dict[str, Any] = {}
+    for entry in entries:
+        for path, part in zip(entry.paths, np.split(np.asarray(state[entry.key]), len(entry.paths))):
+            part = np.ascontiguousarray(to_ours(part, entry.kind))
+            if entry.layer is None:
+                flat[path] = part
+            else:
+                flat.setdefault(path, {})[entry.layer] = part
+    return unflatten({p: np.stack([v[i] for i in sorted(v)]) if isinstance(v, dict) else v for p, v in flat.items()})
+
+
+def into_published(entries: list[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameters → published tensors."""
+    flat = flatten(params)
+    state = {}
+    for entry in entries:
+        parts = [
+            np.asarray(flat[path]) if entry.layer is None else np.asarray(flat[path][entry.layer])
+            for path in entry.paths
+        ]
+        state[entry.key] = np.ascontiguousarray(np.concatenate([to_published(part, entry.kind) for part in parts]))
+    return state
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} → {"a/b": x}."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,57 @@
+"""Multi-head attention; every network of the house attends through `attend`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.nn.initializers import packed_xavier, small_normal
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def attend(
+    q_BQGE: jax.Array,
+    k_BNGE: jax.Array,
+    v_BNGE: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    implementation: str = "xla",
+) -> jax.Array:
+    """softmax(q·k / sqrt(E))·v with float32 logits; returns (B, Q, G, E).
+
+    Args:
+      mask: boolean, broadcastable to (B, G, Q, N); True attends.
+      implementation: "xla" anywhere, "cudnn" for bf16/fp16 on an NVIDIA GPU.
+    Raises:
+      ValueError: for an implementation that is not one of `IMPLEMENTATIONS`.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    return jax.nn.dot_product_attention(
+        q_BQGE, k_BNGE, v_BNGE, mask=mask, is_causal=causal, implementation=implementation
+    )
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of queries (B, Q, D) over keys and values (B, N, D), with biased projections."""
+
+    num_heads: int
+    implementation: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, q_BQD: jax.Array, k_BND: jax.Array, v_BND: jax.Array) -> jax.Array:
+        width = q_BQD.shape[-1]
+
+        def heads(name: str, x: jax.Array) -> jax.Array:
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=packed_xavier, name=name)(x)
+            return x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
+
+        x_BQGE = attend(
+            heads("query", q_BQD), heads("key", k_BND), heads("value", v_BND), implementation=self.implementation
+        )
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=small_normal, name="out")
+        return out(x_BQGE.reshape(q_BQD.shape))

@@ -1,0 +1,32 @@
+"""Initialisers of the published models that flax does not name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Init = Callable[..., jax.Array]
+small_normal: Init = nn.initializers.normal(0.02)  # the house default of every projection and convolution
+
+
+def packed_xavier(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Xavier-uniform of one third of a packed (D, 3D) projection: its fan-out counts q, k and v together."""
+    limit = (6.0 / (shape[0] + 3 * shape[1])) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def fan_in_uniform(fan_in: int) -> Init:
+    """Uniform ±1/sqrt(fan_in): PyTorch's default for the weights and biases of a linear or convolution layer."""
+    limit = fan_in**-0.5
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def position_table(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """(positions, D) drawn from N(0, 1/D)."""
+    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5

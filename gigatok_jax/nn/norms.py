@@ -1,0 +1,43 @@
+"""Normalisations. Statistics are float32 and two-pass (mean first), whatever the compute dtype."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.nn.initializers import small_normal
+
+
+def layer_norm(dtype: Any, name: str | None = None, epsilon: float = 1e-5) -> nn.LayerNorm:
+    """LayerNorm over the last axis with scale and bias."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def group_norm(groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
+    """GroupNorm over (H, W, C / groups) of a BHWC map, eps 1e-6, with scale and bias."""
+    return nn.GroupNorm(num_groups=groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose scale and bias are linear in the per-channel statistics of a style map (GigaTok's conv decoder).
+
+    y = Linear(sqrt(unbiased var(z) + 1e-6)) · GN(x) + Linear(mean(z)), statistics of z over space.
+    """
+
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, style_BHWC: jax.Array) -> jax.Array:
+        channels = x_BHWC.shape[-1]
+        style = style_BHWC.astype(jnp.float32)
+        mean_BC = style.mean((1, 2))
+        variance_BC = jnp.var(style, axis=(1, 2), ddof=1)
+        dense = dict(features=channels, dtype=self.dtype, kernel_init=small_normal)
+        scale_BC = nn.Dense(**dense, name="scale")(jnp.sqrt(variance_BC + 1e-6))
+        bias_BC = nn.Dense(**dense, name="bias")(mean_BC)
+        normed = nn.GroupNorm(
+            self.groups, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=self.dtype
+        )(x_BHWC)
+        return scale_BC[:, None, None] * normed + bias_BC[:, None, None]

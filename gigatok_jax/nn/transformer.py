@@ -1,0 +1,140 @@
+"""Pre-norm transformer layers and the scanned stack of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.nn.attention import MultiHeadAttention
+from gigatok_jax.nn.constrain import constrain
+from gigatok_jax.nn.initializers import small_normal
+from gigatok_jax.nn.norms import layer_norm
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the layers' inputs only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results, recompute the rest
+}
+
+
+class Mlp(nn.Module):
+    """Linear → exact GELU → Linear, hidden width `ratio` · D."""
+
+    ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        width = x_BND.shape[-1]
+        x_BNF = nn.Dense(int(width * self.ratio), dtype=self.dtype, kernel_init=small_normal, name="in")(x_BND)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=small_normal, name="out")(
+            nn.gelu(x_BNF, approximate=False)
+        )
+
+
+class ViTLayer(nn.Module):
+    """x += Attention(LN x); x += MLP(LN x)."""
+
+    num_heads: int
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        a = layer_norm(self.dtype, "norm_self")(x_BND)
+        x_BND = x_BND + MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="self_attention")(a, a, a)
+        return x_BND + Mlp(dtype=self.dtype, name="mlp")(layer_norm(self.dtype, "norm_mlp")(x_BND))
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention, cross-attention to a memory, MLP (GigaTok's ViT parts; DETR's pre-norm decoder layer).
+
+    Positions are added to queries and keys of both attentions, never to values. The memory is not normalised. Without
+    a memory the layer crosses to its own input (the published 2-D "S-S" yaml).
+    """
+
+    num_heads: int
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BQD: jax.Array,
+        memory_BND: jax.Array | None = None,
+        query_pos_QD: jax.Array | None = None,
+        memory_pos_ND: jax.Array | None = None,
+    ) -> jax.Array:
+        memory_BND = x_BQD if memory_BND is None else memory_BND
+        query_pos_QD, memory_pos_ND = query_pos_QD.astype(self.dtype), memory_pos_ND.astype(self.dtype)
+        a = layer_norm(self.dtype, "norm_self")(x_BQD)
+        q = a + query_pos_QD
+        x_BQD = x_BQD + MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="self_attention")(q, q, a)
+        q = layer_norm(self.dtype, "norm_cross")(x_BQD) + query_pos_QD
+        cross = MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="cross_attention")
+        x_BQD = x_BQD + cross(q, memory_BND + memory_pos_ND, memory_BND)
+        return x_BQD + Mlp(dtype=self.dtype, name="mlp")(layer_norm(self.dtype, "norm_mlp")(x_BQD))
+
+
+LAYERS: dict[str, type[nn.Module]] = {"vit": ViTLayer, "qformer": QFormerLayer}
+
+
+class Stack(nn.Module):
+    """`depth` equal layers whose parameters are stacked on a leading axis, scanned and rematerialised.
+
+    Taps are static: the scan is split at them, so a tap costs one activation and not one per layer. `taps=(3,)` gives
+    the output of the third layer.
+    """
+
+    layer: str
+    depth: int
+    num_heads: int
+    attention: str = "xla"
+    remat: str = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x_BND: jax.Array, *context: jax.Array | None, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """Returns the last layer's output and {tap: output of layer number `tap`, counted from 1}.
+
+        Raises:
+          ValueError: for a tap outside 1..depth, or an unknown layer or remat policy.
+        """
+        if bad := [tap for tap in taps if not 1 <= tap <= self.depth]:
+            raise ValueError(f"taps {bad} are outside 1..{self.depth}, the layers of this stack")
+        if self.layer not in LAYERS or self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"layer {self.layer!r} not in {list(LAYERS)} or remat {self.remat!r} not in {list(REMAT_POLICIES)}"
+            )
+        layer = LAYERS[self.layer](self.num_heads, self.attention, self.dtype, parent=None)
+
+        def init(key: jax.Array) -> Any:
+            keys = jax.random.split(key, self.depth)
+            return jax.vmap(lambda key: layer.init(key, x_BND, *context)["params"])(keys)
+
+        def body(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return constrain(layer.apply({"params": params}, x, *context), "batch", None, "embed"), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        params = self.param("layers", init)
+        ends = sorted({*taps, self.depth})
+        sizes = [end - start for start, end in zip([0, *ends], ends)]
+        # `lax.split` transposes to one concatenation, so the gradient is not summed from padded copies.
+        leaves, treedef = jax.tree.flatten(params)
+        segments = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))
+        tapped: dict[int, jax.Array] = {}
+        for end, segment in zip(ends, segments):
+            x_BND, _ = jax.lax.scan(body, x_BND, jax.tree.unflatten(treedef, segment), unroll=self.unroll)
+            tapped[end] = x_BND
+        return x_BND, {tap: tapped[tap] for tap in taps}
+
+
+def grid_context(stack: Stack, pos_ND: jax.Array) -> tuple[jax.Array | None, ...]:
+    """What a stack over the map itself is given: nothing (plain ViT), or positions for self + cross layers."""
+    return () if stack.layer == "vit" else (None, pos_ND, pos_ND)

@@ -1,0 +1,92 @@
+"""GigaTok tokenizers, 1-D and 2-D (arXiv 2504.08736, Table 1; sizes as published)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from gigatok_jax.bottlenecks.vq import VectorQuantizer
+from gigatok_jax.decoders.hybrid import HybridDecoder
+from gigatok_jax.encoders.hybrid import HybridEncoder
+from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
+from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.tokenizers.tokenizer import Tokenizer
+
+
+def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """(h, w) of the feature map.
+
+    Raises:
+      ValueError: if the image size is not a multiple of the convolutions' factor.
+    """
+    factor = 2 ** (len(cfg["conv_multipliers"]) - 1)
+    if cfg["image_size"] % factor or cfg["image_size"] < factor:
+        raise ValueError(
+            f"image_size={cfg['image_size']} is not a multiple of {factor}, the factor of "
+            f"{len(cfg['conv_multipliers'])} convolution levels; the nearest that work are "
+            f"{max(factor, cfg['image_size'] // factor * factor)} and {(cfg['image_size'] // factor + 1) * factor}"
+        )
+    return (cfg["image_size"] // factor,) * 2
+
+
+def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
+    """The tokenizer of a config's `tokenizer` section (see `config.gigatok_tokenizer` for the fields).
+
+    Raises:
+      ValueError: for an image size, token count or channel count that cannot work.
+    """
+    grid = latent_grid(cfg)
+    one_d = cfg["layout"] == "1d"
+    if cfg["layout"] not in ("1d", "2d"):
+        raise ValueError(f"tokenizer.layout={cfg['layout']!r} is neither '1d' nor '2d'")
+    if not one_d and cfg["num_latent_tokens"] != grid[0] * grid[1]:
+        raise ValueError(
+            f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but a 2-D tokenizer at image_size="
+            f"{cfg['image_size']} has {grid[0]}x{grid[1]}={grid[0] * grid[1]}"
+        )
+    for channels in (cfg["conv_base"] * multiplier for multiplier in cfg["conv_multipliers"]):
+        if channels % cfg["norm_groups"]:
+            raise ValueError(
+                f"{channels} convolution channels do not divide into tokenizer.norm_groups={cfg['norm_groups']}"
+            )
+    convs = dict(
+        base=cfg["conv_base"],
+        multipliers=tuple(cfg["conv_multipliers"]),
+        groups=cfg["norm_groups"],
+        attention=cfg["conv_attention"],
+        dtype=dtype,
+    )
+    latent_tokens = cfg["num_latent_tokens"] if one_d else None
+    layer = "qformer" if one_d else cfg["layer_2d"]
+
+    def part(side: str) -> dict[str, Any]:
+        width, depth, heads = (cfg[f"{side}_{field}"] for field in ("width", "depth", "heads"))
+        if width % heads:
+            raise ValueError(f"tokenizer.{side}_width={width} does not divide into {heads} heads")
+        stack = Stack(layer, depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype)
+        return dict(stack=stack, width=width, features=cfg["features"], num_latent_tokens=latent_tokens, dtype=dtype)
+
+    return Tokenizer(
+        encoder=HybridEncoder(
+            cnn=ConvEncoder(features=cfg["features"], blocks=cfg["encoder_conv_blocks"], **convs),
+            code_dim=cfg["code_dim"],
+            **part("encoder"),
+        ),
+        bottleneck=VectorQuantizer(
+            codebook_size=cfg["codebook_size"],
+            code_dim=cfg["code_dim"],
+            estimator=cfg["estimator"],
+            chunk_size=cfg["codebook_chunk"],
+        ),
+        decoder=HybridDecoder(
+            cnn=ConvDecoder(blocks=cfg["decoder_conv_blocks"], **convs),
+            grid=grid,
+            distill_layer=cfg["distill_layer"],
+            teacher_dim=cfg["teacher_dim"] or None,
+            **part("decoder"),
+        ),
+        num_latent_tokens=cfg["num_latent_tokens"],
+        image_size=cfg["image_size"],
+        factor=cfg["image_size"] // grid[0],
+        grid=None if one_d else grid,
+    )

@@ -1,0 +1,53 @@
+"""Tokenizer = encoder → bottleneck → decoder; everything else is composition."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from gigatok_jax.bottlenecks.codes import Codes, Condition
+
+
+class Tokenizer(nn.Module):
+    """Fields are its parts; see DESIGN in the README for what crosses the bottleneck.
+
+    Attributes:
+      grid: (h, w) of a 2-D tokenizer whose ids are a raster-order grid, None for 1-D latent tokens.
+      factor: how many pixels of a side one cell of the feature map covers.
+    """
+
+    encoder: nn.Module
+    bottleneck: nn.Module
+    decoder: nn.Module
+    num_latent_tokens: int
+    image_size: int
+    factor: int
+    grid: tuple[int, int] | None = None
+
+    def encode(
+        self, image_BHWC: jax.Array, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[Codes, dict[str, jax.Array]]:
+        """Images in [−1, 1] → (codes, taps)."""
+        del cond
+        pre_BKZ, out = self.encoder(image_BHWC)
+        return self.bottleneck(pre_BKZ, key=key, train=train), out
+
+    def decode(
+        self, codes: Codes, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Codes → (image, unbounded around [−1, 1]; taps)."""
+        del cond, key, train
+        return self.decoder(codes.latents_BKZ)
+
+    def decode_features(self, map_BHWC: jax.Array) -> jax.Array:
+        """Feature map → image, by the decoder's convolutional part alone."""
+        return self.decoder.decode_features(map_BHWC)
+
+    def lookup(self, ids_BK: jax.Array) -> Codes:
+        """Stored ids → codes."""
+        return self.bottleneck.lookup(ids_BK)
+
+    def __call__(self, image_BHWC: jax.Array, *, train: bool = False) -> tuple[jax.Array, Codes, dict[str, Any]]:
+        codes, encoder_out = self.encode(image_BHWC, train=train)
+        image, decoder_out = self.decode(codes, train=train)
+        return image, codes, {**encoder_out, **decoder_out}

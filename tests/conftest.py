@@ -1,0 +1,21 @@
+"""Eight CPU devices in one process, and the folder of recorded outputs of the published code."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Compilations are shared between the tests of one run and between runs.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("GIGATOK_TEST_CACHE", "/tmp/gigatok_jax_test_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder with `gigatok/*.npz|*.safetensors`; the test is skipped where it is not given."""
+    folder = os.environ.get("GIGATOK_GOLDEN")
+    if not folder:
+        pytest.skip("set GIGATOK_GOLDEN=<folder of recorded outputs> to compare with the published code")
+    return Path(folder)
