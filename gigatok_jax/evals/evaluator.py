@@ -1,0 +1,73 @@
+"""The evaluation a tokenizer's training run repeats: held-out images in, scores and a picture out."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from gigatok_jax import data, sharding
+from gigatok_jax.evals.grid import comparison_grid
+from gigatok_jax.evals.reconstruction import evaluate_reconstruction
+
+Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Evaluator:
+    """Reconstructs the same held-out images at every call.
+
+    Photographs are cut into tiles spread over each picture at two scales; other sources are centre-cropped (ADM).
+    Every process runs it on the same images, so that every process knows the scores.
+
+    Raises:
+      ValueError: for a source with fewer images than `config.eval.num_images`, or pictures smaller than the crops.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], reconstruct: Reconstruct, mesh: Mesh):
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._mesh, self._settings = mesh, cfg["eval"]
+        self._batch = -(-min(cfg["eval"]["batch"], cfg["eval"]["num_images"]) // shards) * shards
+        self._codebook_size, self._size = cfg["tokenizer"]["codebook_size"], cfg["tokenizer"]["image_size"]
+        self._source = data.make_source(cfg["data"]["eval_source"], root=cfg["data"]["eval_root"] or None, split="eval")
+        self._crops = None
+        if cfg["data"]["eval_source"] == "photographs":
+            self._crops, _ = data.eval_crops(self._source, self._size, cfg["eval"]["num_images"])
+        elif len(self._source) < cfg["eval"]["num_images"]:
+            raise ValueError(
+                f"config.eval.num_images={cfg['eval']['num_images']}, but {cfg['data']['eval_root']} has "
+                f"{len(self._source)}; set --config.eval.num_images={len(self._source)}"
+            )
+        self._reconstruct = jax.jit(reconstruct, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], Image.Image]:
+        """Parameters by group → (scores by name, originals over reconstructions)."""
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def reconstruct(images_m11: Any) -> tuple[np.ndarray, np.ndarray]:
+            images = sharding.place_rows(np.asarray(images_m11), self._mesh)
+            return jax.device_get(self._reconstruct(params, images))
+
+        scores = evaluate_reconstruction(
+            reconstruct,
+            self._batches(),
+            self._codebook_size,
+            batch_size=self._batch,
+            on_batch=lambda *pair: pairs.append(pair),
+        )
+        originals, reconstructions = (np.concatenate(side) for side in zip(*pairs))
+        shown = np.linspace(0, len(originals) - 1, min(self._settings["grid"], len(originals))).round().astype(int)
+        caption = f"PSNR {scores['psnr']:.2f} dB · SSIM {scores['ssim']:.3f} · usage {scores.get('usage', 0):.1%}"
+        return scores, comparison_grid(originals[shown], reconstructions[shown], caption=caption)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        if self._crops is not None:
+            for start in range(0, len(self._crops), self._batch):
+                yield self._crops[start : start + self._batch]
+            return
+        batches = data.eval_batches(
+            self._source, image_size=self._size, batch=self._batch, count=self._settings["num_images"]
+        )
+        for batch in batches:
+            yield batch["image"][batch["valid"]]

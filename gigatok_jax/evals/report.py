@@ -1,0 +1,40 @@
+"""`report.json` and the curves of a run, read from its own `metrics.jsonl` so that a resumed run reports whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigatok_jax.evals.grid import curves_picture
+from gigatok_jax.metrics.writers import read_metrics
+
+
+def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Writes `report.json` (the facts, first and last scores and loss terms) and `curves.png`.
+
+    Returns:
+      The paths a person wants next: the newest grid, the curves, the report.
+    """
+    series = read_metrics(workdir / "metrics.jsonl")
+
+    def ends(name: str) -> tuple[float | None, float | None]:
+        values = series[name][1] if name in series else np.zeros(0)
+        return (float(values[0]), float(values[-1])) if len(values) else (None, None)
+
+    report = dict(facts)
+    report["psnr_first"], report["psnr_last"] = ends("eval/psnr")
+    for name in ("psnr_mean_colour", "ssim", "num_images", "perplexity"):
+        report[name] = ends(f"eval/{name}")[1]
+    report["codebook_usage"] = ends("eval/usage")[1]
+    report["codebook_usage_training_window"] = ends("codebook/usage")[1]
+    report["skipped_updates"] = ends("skipped")[1]
+    terms = sorted(name for name in series if name.startswith("loss/"))
+    report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
+    path = workdir / "report.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    keys = [*terms, *(name for name in ("eval/psnr", "eval/ssim", "codebook/usage") if name in series)]
+    curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)
+    grids = sorted((workdir / "grids").glob("*.png"))
+    return [*grids[-1:], workdir / "curves.png", path]

@@ -1,0 +1,200 @@
+"""The objective of tokenizer training: reconstruction, quantiser, semantic and adversarial terms as one pure function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.losses import adversarial, lecam, pixel, semantic
+from gigatok_jax.tokenizers.tokenizer import Tokenizer
+
+Teacher = Callable[[Any, jax.Array], jax.Array]  # (frozen parameters, images in [−1, 1]) → features or distances
+NEVER = -(2**30)
+
+
+class Phase(NamedTuple):
+    """What is in the program over an interval of steps."""
+
+    auxiliary: bool
+    adversarial: bool
+
+
+class Weights(NamedTuple):
+    """The `loss` section of a config, field by field."""
+
+    pixel: str
+    pixel_weight: float
+    perceptual_weight: float
+    semantic_weight: float
+    semantic_teacher: str
+    codebook_weight: float
+    commitment_weight: float
+    entropy_weight: float
+    feature_weight: float
+    direct: bool
+    auxiliary_end: int
+    adversarial: str
+    adversarial_weight: float
+    discriminator: str
+    discriminator_weight: float
+    discriminator_start: int
+    lecam_weight: float
+    usage_window: int
+
+
+class TokenizerObjective(NamedTuple):
+    """Built once from a config; every method is pure.
+
+    Loss terms are reported weighted, as they enter the total. Steps are counted from 0 here and from 1 in the
+    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual" and "semantic" to
+    functions whose parameters travel in `frozen` under the same names.
+    """
+
+    tokenizer: Tokenizer
+    discriminator: nn.Module | None
+    weights: Weights
+    codebook_size: int
+    teachers: Mapping[str, Teacher]
+
+    def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(params by group, state)."""
+        size = self.tokenizer.image_size
+        image = jnp.zeros((1, size, size, 3), jnp.float32)
+        tokenizer_key, discriminator_key = jax.random.split(key)
+        params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
+        state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
+        if self.discriminator is not None:
+            variables = self.discriminator.init(discriminator_key, image, train=False)
+            params["discriminator"] = variables["params"]
+            state["discriminator"] = variables["batch_stats"]
+            if self.weights.lecam_weight:
+                state["lecam"] = lecam.lecam_init()
+        return params, state
+
+    def phase(self, step: int) -> Phase:
+        """The phase of the step counted from 0."""
+        return Phase(
+            auxiliary=step + 1 < self.weights.auxiliary_end
+            and (self.weights.direct or self.weights.feature_weight > 0),
+            adversarial=self.discriminator is not None and step + 1 >= self.weights.discriminator_start,
+        )
+
+    def phase_changes(self) -> tuple[int, ...]:
+        """The steps (counted from 0) at which the phase may change."""
+        return tuple(sorted({max(self.weights.auxiliary_end - 1, 0), max(self.weights.discriminator_start - 1, 0)}))
+
+    def active(self, phase: Phase) -> tuple[str, ...]:
+        """The groups that are trained in a phase."""
+        return ("tokenizer", "discriminator") if phase.adversarial else ("tokenizer",)
+
+    def reconstruct(self, params: Mapping[str, Any], image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images in [−1, 1] → (reconstructions, ids)."""
+        image, codes, _ = self.tokenizer.apply({"params": params["tokenizer"]}, image_BHWC)
+        return image, codes.ids_BK
+
+    def loss(self, phase: Phase) -> Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]:
+        """(params, state, frozen, batch, key, step) → (loss, (state, metrics)) of a phase."""
+
+        def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
+            image = to_unit_range(batch["image"])
+            variables = {"params": params["tokenizer"]}
+            recon, codes, out = self.tokenizer.apply(variables, image, train=True)
+            images = {"": recon}
+            if phase.auxiliary and self.weights.direct:
+                images["direct_"] = self.tokenizer.apply(variables, out["cnn"], method="decode_features")
+            terms = self._image_terms(images, image, frozen)
+            terms |= self._code_terms(codes.losses, out, image, frozen, phase)
+            usage_state, metrics = self._usage(codes.ids_BK, state, step)
+            state = {**state, **usage_state}
+            if phase.adversarial:
+                adversarial_terms, state, scores = self._adversarial(
+                    params["discriminator"], state, images, image, step
+                )
+                terms, metrics = {**terms, **adversarial_terms}, {**metrics, **scores}
+            metrics |= {f"loss/{name}": value for name, value in terms.items()}
+            return sum(terms.values()), (state, metrics)
+
+        return objective
+
+    def _image_terms(self, images: dict[str, jax.Array], target: jax.Array, frozen: Any) -> dict[str, jax.Array]:
+        w, terms = self.weights, {}
+        distance = {"l1": pixel.l1, "l2": pixel.l2}[w.pixel]
+        for prefix, image in images.items():
+            terms[f"{prefix}{w.pixel}"] = w.pixel_weight * distance(image, target)
+            if w.perceptual_weight:
+                perceptual = self.teachers["perceptual"](frozen["perceptual"], image, target)
+                terms[f"{prefix}perceptual"] = w.perceptual_weight * perceptual
+        return terms
+
+    def _code_terms(
+        self, losses: Mapping[str, jax.Array], out: Any, image: jax.Array, frozen: Any, phase: Phase
+    ) -> dict[str, jax.Array]:
+        w = self.weights
+        weights = {"codebook": w.codebook_weight, "commitment": w.commitment_weight, "entropy": w.entropy_weight}
+        terms = {name: weights[name] * value for name, value in losses.items() if weights[name]}
+        if phase.auxiliary and w.feature_weight:
+            terms["feature"] = w.feature_weight * semantic.feature_match(out["pre_decoder_cnn"], out["cnn"])
+        if w.semantic_weight:
+            features = jax.lax.stop_gradient(self.teachers["semantic"](frozen["semantic"], image))
+            terms["semantic"] = w.semantic_weight * semantic.negative_cosine(out["semantic"], features)
+        return terms
+
+    def _usage(
+        self, ids_BK: jax.Array, state: Any, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Usage over the last `usage_window` latent tokens (whole steps), perplexity and entropy of this batch."""
+        window = -(-self.weights.usage_window // ids_BK.size)
+        counts_V = jnp.zeros((self.codebook_size,), jnp.int32).at[ids_BK.reshape(-1)].add(1)
+        last_used = jnp.where(counts_V > 0, step, state["last_used"])
+        p_V = counts_V / ids_BK.size
+        entropy = -jnp.sum(jnp.where(counts_V > 0, p_V * jnp.log(jnp.maximum(p_V, 1e-12)), 0.0))
+        metrics = {
+            "codebook/usage": jnp.mean(last_used > step - window, dtype=jnp.float32),
+            "codebook/perplexity": jnp.exp(entropy),
+            "codebook/entropy": entropy,
+        }
+        return {"last_used": last_used}, metrics
+
+    def _adversarial(
+        self, params: Any, state: Any, images: dict[str, jax.Array], real: jax.Array, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], dict[str, jax.Array]]:
+        """Generator terms at stopped discriminator parameters, discriminator terms at stopped reconstructions.
+
+        The discriminator sees, in this order, the reconstructions for the generator's term, the real images, and the
+        reconstructions for its own; running statistics follow that order, as published.
+        """
+        w, stop = self.weights, jax.lax.stop_gradient
+        stats, terms = state["discriminator"], {}
+
+        def judge(params: Any, image: jax.Array) -> jax.Array:
+            nonlocal stats
+            logits, updated = self.discriminator.apply(
+                {"params": params, "batch_stats": stats}, image, train=True, mutable=["batch_stats"]
+            )
+            stats = updated["batch_stats"]
+            return logits
+
+        generator_loss = adversarial.GENERATOR_LOSSES[w.adversarial]
+        discriminator_loss = adversarial.DISCRIMINATOR_LOSSES[w.discriminator]
+        for prefix, image in images.items():
+            terms[f"{prefix}adversarial"] = w.adversarial_weight * generator_loss(judge(stop(params), image))
+        logits_real = judge(params, real)
+        for prefix, image in images.items():
+            logits = judge(params, stop(image))
+            logits_fake = logits_fake if prefix else logits
+            terms[f"{prefix}discriminator"] = w.discriminator_weight * discriminator_loss(logits_real, logits)
+        state = {**state, "discriminator": stats}
+        if w.lecam_weight:
+            averages = lecam.lecam_update(
+                state["lecam"], logits_real, logits_fake, step=step + 1, start_step=w.discriminator_start + 1000
+            )
+            state["lecam"] = averages
+            terms["lecam"] = w.lecam_weight * lecam.lecam_penalty(logits_real, logits_fake, averages)
+        return terms, state, {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
+
+
+def to_unit_range(image: jax.Array) -> jax.Array:
+    """uint8 → float32 in [−1, 1]; floats are taken to be there already."""
+    return image.astype(jnp.float32) / 127.5 - 1.0 if image.dtype == jnp.uint8 else image.astype(jnp.float32)

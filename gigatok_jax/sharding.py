@@ -1,0 +1,120 @@
+"""Meshes, and the table that says how every leaf of the training state lies on one.
+
+A leaf's path is matched against `RULES`, which name the logical axes of its trailing dimensions (leading ones, such as
+the layer axis of a scanned stack, stay whole); a preset maps logical axes to mesh axes. A dimension that its mesh axes
+do not divide stays whole. Optimiser moments and averages have their parameter's path as a suffix, so the same table
+places them.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
+    (r"attention/(query|key|value)/bias$", ("heads",)),
+    (r"attention/out/kernel$", ("heads", "embed")),
+    (r"mlp/in/kernel$", ("embed", "mlp")),
+    (r"mlp/in/bias$", ("mlp",)),
+    (r"mlp/out/kernel$", ("mlp", "embed")),
+    (r"distill/layer\d/kernel$", ("embed", "mlp")),
+    (r"(cnn|discriminator)/.*conv.*/kernel$|cnn/.*/kernel$", (None, None, None, "channels")),
+    (r"decoder/project/kernel$", (None, None, "embed", None)),
+    (r"(embed|query_proj|project)/kernel$", ("features", "embed")),
+    (r"_pos$", (None, "embed")),
+    (r"codebook$", ("codes", None)),
+)
+
+PRESETS: dict[str, dict[str, str]] = {
+    "replicated": {},
+    "fsdp": {"embed": "fsdp", "channels": "fsdp", "codes": "fsdp"},
+    "fsdp+tensor": {"embed": "fsdp", "channels": "fsdp", "codes": "fsdp", "heads": "tensor", "mlp": "tensor"},
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `tensor`, all of type Auto."""
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as "params/tokenizer/encoder/…"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, preset: str) -> PartitionSpec:
+    """The PartitionSpec of one leaf.
+
+    Raises:
+      ValueError: for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"sharding.preset={preset!r} is not one of {', '.join(PRESETS)}")
+    for pattern, logical in RULES:
+        if re.search(pattern, path) and len(shape) >= len(logical):
+            axes: list[str | None] = [None] * (len(shape) - len(logical))
+            for size, name in zip(shape[len(axes) :], logical):
+                axis = PRESETS[preset].get(name) if name else None
+                axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
+            return PartitionSpec(*axes)
+    return PartitionSpec()
+
+
+def state_shardings(abstract: Any, mesh: Mesh, preset: str) -> Any:
+    """A NamedSharding for every leaf of an abstract state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh, preset)), abstract
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over all data-parallel devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """What `nn.constrain` applies while a step is traced: the batch axis over the data-parallel devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def constraint(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+        axes = [BATCH_AXES if name == "batch" and size % shards == 0 else None for size, name in zip(x.shape, logical)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return constraint
+
+
+def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:
+    """[first, last) of the global batch's rows that this process's devices hold."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((global_batch,)).values()
+    bounds = [index[0].indices(global_batch)[:2] for index in slices]
+    return min(low for low, _ in bounds), max(high for _, high in bounds)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int) -> dict[str, jax.Array]:
+    """This process's rows (from `process_rows`) → arrays of the global batch, each device holding its own rows."""
+    first, _ = process_rows(mesh, global_batch)
+    return {name: place_rows(np.asarray(value), mesh, global_batch, first) for name, value in batch.items()}
+
+
+def place_rows(local: np.ndarray, mesh: Mesh, global_rows: int | None = None, first: int = 0) -> jax.Array:
+    """Rows [first, first + len(local)) of an array with `global_rows` rows (all of them by default), sharded."""
+    global_rows = len(local) if global_rows is None else global_rows
+
+    def rows(index: tuple[slice, ...]) -> np.ndarray:
+        low, high, _ = index[0].indices(global_rows)
+        return local[low - first : high - first]
+
+    return jax.make_array_from_callback((global_rows, *local.shape[1:]), batch_sharding(mesh), rows)

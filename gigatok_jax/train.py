@@ -1,0 +1,267 @@
+"""Train from a config: `python -m gigatok_jax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+Started again with the same command it goes on from its newest checkpoint. SIGTERM or Ctrl-C saves and exits with
+status 0, or with --preemption_code. In the workdir: `checkpoints/`, `metrics.jsonl` and TensorBoard events, `grids/`,
+`curves.png`, `report.json`.
+"""
+
+import json
+import logging as stdlib_logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from gigatok_jax import config, data, distributed, metrics, objectives, optim, sharding, train_state
+from gigatok_jax.checkpoint import Checkpointer
+from gigatok_jax.evals.evaluator import Evaluator
+from gigatok_jax.evals.report import write_report
+from gigatok_jax.preemption import StopSignal
+from gigatok_jax.train_step import broken_terms, make_train_step
+
+SHOWN = ("loss/total", "loss/l2", "codebook/usage")
+
+
+class NonFiniteRun(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class Run:
+    """One training run: what is built once, and the loop over it."""
+
+    def __init__(self, cfg: ConfigDict, workdir: Path, allow_config_change: bool = False):
+        config.validate(cfg, jax.device_count())
+        self.cfg, self.workdir = cfg, workdir
+        self.resolved = config.to_json(cfg)
+        self.mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
+        self.objective = objectives.build(cfg)
+        self.groups = {n: optim.make_group(g, cfg.schedule, cfg.num_steps) for n, g in cfg.groups.items()}
+        self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
+        self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
+        self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpointer(
+            workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last, keep_period=cfg.checkpoint.keep_period or None
+        )
+        if self.checkpoints.latest_step() is None:
+            args = self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset
+            self.state = train_state.init(*args)
+        else:
+            self.state, _ = self.checkpoints.restore(
+                self.abstract, config=self.resolved, allow_config_change=allow_config_change
+            )
+            logging.info("resumed from step %d", int(self.state.step))
+        self.start = int(self.state.step)
+        self._steps: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+        main = distributed.is_main()
+        self.writer = metrics.make_writer(workdir, is_main=main, resume_step=self.start if self.start else None)
+        self.progress = metrics.Progress(
+            cfg.num_steps, start_step=self.start, global_batch=cfg.global_batch, show=SHOWN
+        )
+        tokens = self.objective.tokenizer.num_latent_tokens * cfg.global_batch // cfg.accumulate
+        self.alarm = metrics.UsageAlarm(window_steps=-(-cfg.loss.usage_window // tokens))
+        if main:
+            (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
+
+    def loader(self) -> data.TrainLoader:
+        """The batches from the state's step on; a pure function of (seed, step)."""
+        cfg = self.cfg
+        return data.TrainLoader(
+            self.source,
+            global_batch=cfg.global_batch,
+            seed=cfg.seed,
+            num_steps=cfg.num_steps,
+            start_step=self.start,
+            image_size=cfg.tokenizer.image_size,
+            crop=cfg.data.crop,
+            flip=cfg.data.flip,
+            rows=sharding.process_rows(self.mesh, cfg.global_batch),
+            num_threads=cfg.data.num_threads,
+            num_workers=cfg.data.num_workers,
+            prefetch=cfg.data.prefetch,
+        )
+
+    def step_fn(self, step: int, batch: Mapping[str, jax.Array]) -> Any:
+        """The compiled step of this step's phase."""
+        phase = self.objective.phase(step)
+        if phase not in self._steps:
+            logging.info("compiling the step of %s", phase)
+            started = time.monotonic()
+            fn = make_train_step(
+                self.objective,
+                self.groups,
+                phase,
+                seed=self.cfg.seed,
+                accumulate=self.cfg.accumulate,
+                constraint=sharding.activation_constraint(self.mesh),
+            )
+            placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+            jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(self.mesh)))
+            self._steps[phase] = jitted.lower(self.state, {}, batch).compile()
+            self.compile_seconds += time.monotonic() - started
+            self.progress.restart_timing(step)
+        return self._steps[phase]
+
+    def train(self, stop: StopSignal) -> bool:
+        """Runs to the last step, or to the step at which a stop was agreed; True if it was stopped."""
+        pending = None  # metrics are read one step late, so the device never waits for the host
+        if self.start == 0:
+            self.evaluate(0)
+        with self.loader() as loader:
+            for step in range(self.start, self.cfg.num_steps):
+                batch = next(loader)
+                placed = sharding.place_batch(
+                    {name: batch[name] for name in ("image", "label")}, self.mesh, self.cfg.global_batch
+                )
+                self.state, values = self.step_fn(step, placed)(self.state, {}, placed)
+                if pending is not None:
+                    self.report_step(*pending)
+                pending = step, values, batch["id"]
+                stopped = stop.agreed(step)
+                # Evaluating and saving come before the next batch is asked for: what is stored is what was seen.
+                if stopped or self._due(step, self.cfg.checkpoint.every) or self._due(step, self.cfg.eval.every):
+                    self.report_step(*pending)
+                    pending = None
+                    if self._due(step, self.cfg.eval.every) and not stopped:
+                        self.evaluate(step + 1)
+                    if stopped or self._due(step, self.cfg.checkpoint.every):
+                        self.save(step + 1)
+                if stopped:
+                    break
+            self.input_wait = loader.wait_seconds
+            self.bad_records = dict(loader.bad_records)
+        self.checkpoints.wait()
+        return stop.agreed(self.cfg.num_steps) and int(self.state.step) < self.cfg.num_steps
+
+    def _due(self, step: int, every: int) -> bool:
+        return step + 1 == self.cfg.num_steps or (every > 0 and (step + 1) % every == 0)
+
+    def report_step(self, step: int, values: Mapping[str, jax.Array], ids: np.ndarray) -> None:
+        """Logs a finished step, and stops the run where too many updates in a row were skipped.
+
+        Raises:
+          NonFiniteRun: naming the terms that broke; `nonfinite.json` holds what rebuilds the batch.
+        """
+        scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.progress.update(step + 1, scalars)
+        if step == 0 or self._due(step, self.cfg.log.every) or scalars["skipped_in_row"]:
+            self.writer.write_scalars(step + 1, scalars)
+        if message := self.alarm.check(step + 1, scalars["codebook/usage"]):
+            logging.warning("%s", message)
+        if not scalars["skipped_in_row"]:
+            return
+        terms = broken_terms(scalars)
+        logging.warning("step %d: update skipped, not finite: %s", step + 1, ", ".join(terms))
+        if scalars["skipped_in_row"] >= self.cfg.max_skipped:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+            record = {
+                "step": step,
+                "seed": self.cfg.seed,
+                "key": np.asarray(jax.random.key_data(key)).tolist(),
+                "terms": terms,
+                "ids_of_this_process": np.asarray(ids).tolist(),
+            }
+            path = self.workdir / f"nonfinite_{jax.process_index()}.json"
+            path.write_text(json.dumps(record, indent=2) + "\n")
+            self.save(int(self.state.step))
+            self.checkpoints.wait()
+            raise NonFiniteRun(
+                f"{int(scalars['skipped_in_row'])} updates in a row were not finite in: {', '.join(terms)}. The state "
+                f"before them is saved; {path} has the sample ids and key of step {step}. Lower the learning rate or "
+                "the term's weight, or raise --config.max_skipped"
+            )
+
+    def evaluate(self, step: int) -> None:
+        """Scores held-out images with the averaged weights where there are any, and draws them."""
+        if self.evaluator is None:
+            return
+        with self.progress.pause():
+            scores, grid = self.evaluator({**self.state.params, **self.state.ema})
+            self.writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+            if distributed.is_main():
+                (self.workdir / "grids").mkdir(exist_ok=True)
+                grid.save(self.workdir / "grids" / f"step_{step:08d}.png")
+                self.writer.write_images(step, {"eval/reconstructions": np.asarray(grid.convert("RGB"))[None]})
+        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def save(self, step: int) -> None:
+        """Starts writing a checkpoint."""
+        with self.progress.pause():
+            self.checkpoints.save(step, self.state, config=self.resolved, extra={"seed": self.cfg.seed})
+
+    def finish(self, seconds: float) -> None:
+        """Writes the curves and `report.json`, and says where they are."""
+        self.progress.end_line()
+        self.writer.flush()
+        if distributed.is_main():
+            facts = {
+                "image_size": self.cfg.tokenizer.image_size,
+                "num_latent_tokens": self.objective.tokenizer.num_latent_tokens,
+                "codebook_size": self.cfg.tokenizer.codebook_size,
+                "num_steps": int(self.state.step),
+                "images_per_second": self.progress.images_per_second,
+                "step_seconds": self.progress.step_seconds,
+                "compile_seconds": self.compile_seconds,
+                "input_wait_fraction": self.input_wait / max(seconds, 1e-9),
+                "seconds": seconds,
+                "bad_records": self.bad_records,
+                "devices": jax.device_count(),
+            }
+            for path in write_report(self.workdir, facts):
+                print(path)
+        self.writer.close()
+        self.checkpoints.close()
+
+
+def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, preemption_code: int = 0) -> int:
+    """Trains to the end or to a signal; returns the exit status."""
+    with StopSignal(preemption_code=preemption_code) as stop:
+        try:
+            run = Run(cfg, Path(workdir), allow_config_change)
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+            logging.debug("while building the run", exc_info=True)
+            sys.exit(f"error: {error}")
+        started = time.monotonic()
+        stopped = run.train(stop)
+        run.finish(time.monotonic() - started)
+        return stop.exit_status if stopped else 0
+
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:b-l.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, pictures, report.")
+flags.DEFINE_bool("allow_config_change", False, "Resume although the checkpoint's config computes something else.")
+flags.DEFINE_integer("preemption_code", 0, "Exit status after SIGTERM, for schedulers that requeue on one.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
+    logging.set_verbosity(logging.INFO)
+    # Libraries log through absl too; only their warnings are news.
+    own = str(Path(__file__).parent)
+    logging.get_absl_handler().addFilter(lambda r: r.levelno >= stdlib_logging.WARNING or r.pathname.startswith(own))
+    distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    sys.exit(
+        train(
+            FLAGS.config,
+            FLAGS.workdir,
+            allow_config_change=FLAGS.allow_config_change,
+            preemption_code=FLAGS.preemption_code,
+        )
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,130 @@
+"""The one train step: gradients of an objective, an update per parameter group, and nothing if anything broke."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax import optim
+from gigatok_jax.nn.constrain import Constraint, constraints
+from gigatok_jax.train_state import TrainState
+
+Metrics = dict[str, jax.Array]
+StepFn = Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    objective: Any,
+    groups: Mapping[str, optim.Group],
+    phase: Any,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    constraint: Constraint | None = None,
+) -> StepFn:
+    """The pure step of one static phase: (state, frozen, batch) → (state, metrics).
+
+    Groups that the phase does not train are not read by the optimiser at all: their parameters, moments, average and
+    state leave as they came. All groups' gradients are taken at the old parameters, in one backward pass.
+
+    A non-finite loss or gradient discards everything but the step and the two counters.
+    """
+    active = objective.active(phase)
+    loss_fn = objective.loss(phase)
+
+    def step_fn(train: TrainState, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), train.step)
+        idle = {name: value for name, value in train.params.items() if name not in active}
+
+        def total(params: dict[str, Any], state: Any, batch: Any, key: jax.Array) -> Any:
+            params = {name: optim.freeze(groups[name], value) for name, value in params.items()}
+            return loss_fn({**params, **idle}, state, frozen, batch, key, train.step)
+
+        trained = {name: train.params[name] for name in active}
+        with constraints(constraint):
+            if accumulate == 1:
+                (loss, (state, metrics)), gradients = jax.value_and_grad(total, has_aux=True)(
+                    trained, train.state, batch, key
+                )
+            else:
+                loss, state, metrics, gradients = _accumulated(total, trained, train.state, batch, key, accumulate)
+        return _apply(train, groups, active, loss, state, metrics, gradients)
+
+    return step_fn
+
+
+def _accumulated(
+    total: Callable[..., Any], params: Any, state: Any, batch: Any, key: jax.Array, count: int
+) -> tuple[jax.Array, Any, Metrics, Any]:
+    """Mean loss, metrics and gradients over `count` microbatches, the state threaded through them.
+
+    Microbatch a holds rows a, a + count, …: every device takes part in every microbatch, and its statistics
+    (batch norm, entropy, LeCam) are over all devices, but over this microbatch only.
+    """
+    micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+
+    def body(carry: tuple[Any, Any], index_and_batch: tuple[jax.Array, Any]) -> tuple[tuple[Any, Any], Any]:
+        state, gradients = carry
+        index, rows = index_and_batch
+        (loss, (state, metrics)), g = jax.value_and_grad(total, has_aux=True)(
+            params, state, rows, jax.random.fold_in(key, index)
+        )
+        return (state, jax.tree.map(lambda a, b: a + b / count, gradients, g)), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (state, gradients), (losses, metrics) = jax.lax.scan(body, (state, zeros), (jnp.arange(count), micro))
+    return losses.mean(), state, jax.tree.map(lambda m: m.mean(0), metrics), gradients
+
+
+def _apply(
+    train: TrainState,
+    groups: Mapping[str, optim.Group],
+    active: tuple[str, ...],
+    loss: jax.Array,
+    state: Any,
+    metrics: Metrics,
+    gradients: dict[str, Any],
+) -> tuple[TrainState, Metrics]:
+    """One update per active group, or none at all where the loss or any gradient is not finite."""
+    metrics = {"loss/total": loss, **metrics}
+    params, opt, ema = dict(train.params), dict(train.opt), dict(train.ema)
+    finite = jnp.isfinite(loss)
+    for name in active:
+        parts = optim.part_norms(gradients[name])
+        norm = jnp.sqrt(sum(jnp.square(part) for part in parts.values()))
+        finite &= jnp.isfinite(norm)
+        metrics[f"grad_norm/{name}"] = norm
+        metrics |= {f"grad_norm/{name}/{part}": value for part, value in parts.items()}
+        metrics[f"learning_rate/{name}"] = groups[name].rate(train.step)
+        params[name], opt[name] = optim.update(
+            groups[name], gradients[name], norm, train.opt[name], train.params[name], train.step
+        )
+        if name in ema:
+            ema[name] = optim.average(groups[name], train.ema[name], params[name])
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
+
+    skipped = jnp.logical_not(finite).astype(jnp.int32)
+    new = TrainState(
+        step=train.step + 1,
+        params=keep(params, train.params),
+        opt=keep(opt, train.opt),
+        ema=keep(ema, train.ema),
+        state=keep(state, train.state),
+        skipped=train.skipped + skipped,
+        skipped_in_row=jnp.where(finite, 0, train.skipped_in_row + 1),
+    )
+    return new, {**metrics, "skipped": new.skipped, "skipped_in_row": new.skipped_in_row}
+
+
+def broken_terms(metrics: Mapping[str, float]) -> list[str]:
+    """The loss terms that are not finite; where all are, the parts whose gradients are not."""
+
+    def broken(prefix: str, depth: int) -> list[str]:
+        names = [name for name in metrics if name.startswith(prefix) and name.count("/") == depth]
+        return sorted(name.removeprefix(prefix) for name in names if not jnp.isfinite(metrics[name]))
+
+    terms = [name for name in broken("loss/", 1) if name != "total"]
+    return terms or [f"gradient of {part}" for part in broken("grad_norm/", 2)] or ["total"]
