@@ -5,6 +5,7 @@ entropy and the averages are computed chunk by chunk over the codebook axis, so 
 rows × `chunk_size` however large the codebook is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -53,43 +54,48 @@ def nearest(z_NZ: jax.Array, codebook_VZ: jax.Array, chunk_size: int) -> jax.Arr
     return jax.lax.scan(body, start, _chunks(codebook_VZ, chunk_size))[0][1]
 
 
-def entropy_loss(
-    z_NZ: jax.Array, codebook_VZ: jax.Array, *, temperature: float, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean entropy of the rows' soft assignments, and entropy of their mean (nats); the loss is first − second.
+def entropies(logits: Callable[[Any], jax.Array], chunks: Any, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Mean entropy of the rows' soft assignments, and the entropy of their mean (nats).
 
-    p = softmax(−d / temperature). Under jit with sharded rows the mean runs over the global batch. Gradients reach
-    both arguments; each chunk is recomputed on the way back.
+    `logits(chunk)` gives (num_rows, entries) of softmax logits for one slice of `chunks` (−inf where there is no
+    entry); at most one slice is in memory, and it is recomputed on the way back. Under jit with sharded rows the mean
+    is over the global batch.
     """
-    chunks = _chunks(codebook_VZ, chunk_size)
-
-    def logits(entries: jax.Array, valid: jax.Array) -> jax.Array:
-        return jnp.where(valid[None], _distances(z_NZ, entries) / -temperature, -jnp.inf)
 
     @jax.checkpoint
     def softmax_statistics(row: tuple[jax.Array, ...], chunk: Any) -> tuple[tuple[jax.Array, ...], None]:
         peak_N, total_N, weighted_N = row
-        entries, _, valid = chunk
-        a = logits(entries, valid)
+        a = logits(chunk)
         new_peak = jax.lax.stop_gradient(jnp.maximum(peak_N, a.max(-1)))  # the result does not depend on it
         shift_N, e = jnp.exp(peak_N - new_peak), jnp.exp(a - new_peak[:, None])
-        a = jnp.where(valid[None], a, 0.0)
+        a = jnp.where(jnp.isfinite(a), a, 0.0)
         return (new_peak, total_N * shift_N + e.sum(-1), weighted_N * shift_N + (e * a).sum(-1)), None
 
-    zeros_N = jnp.zeros_like(z_NZ[:, 0])
-    start = (jnp.full_like(zeros_N, -1e30), zeros_N, zeros_N)
-    (peak_N, total_N, weighted_N), _ = jax.lax.scan(softmax_statistics, start, chunks)
+    zeros_N = jnp.zeros((num_rows,), jnp.float32)
+    (peak_N, total_N, weighted_N), _ = jax.lax.scan(
+        softmax_statistics, (jnp.full_like(zeros_N, -1e30), zeros_N, zeros_N), chunks
+    )
     log_sum_N = peak_N + jnp.log(total_N)
     per_row = jnp.mean(log_sum_N - weighted_N / total_N)
 
     @jax.checkpoint
     def mean_entropy(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-        entries, _, valid = chunk
-        mean_V = jnp.mean(jnp.exp(logits(entries, valid) - log_sum_N[:, None]), 0)
+        mean_V = jnp.mean(jnp.exp(logits(chunk) - log_sum_N[:, None]), 0)
         return total - jnp.sum(mean_V * jnp.log(mean_V + 1e-5)), None
 
     of_mean, _ = jax.lax.scan(mean_entropy, jnp.zeros((), jnp.float32), chunks)
     return per_row, of_mean
+
+
+def entropy_loss(z_NZ: jax.Array, codebook_VZ: jax.Array, *, temperature: float, chunk_size: int) -> jax.Array:
+    """Mean row entropy minus entropy of the mean, of softmax(−d / temperature); gradients reach both arguments."""
+
+    def logits(chunk: Any) -> jax.Array:
+        entries, _, valid = chunk
+        return jnp.where(valid[None], _distances(z_NZ, entries) / -temperature, -jnp.inf)
+
+    per_row, of_mean = entropies(logits, _chunks(codebook_VZ, chunk_size), z_NZ.shape[0])
+    return per_row - of_mean
 
 
 def rotate(z: jax.Array, q: jax.Array) -> jax.Array:
@@ -138,8 +144,7 @@ class VectorQuantizer(nn.Module):
         if train:
             losses["codebook"] = jnp.mean((q_NZ - jax.lax.stop_gradient(z_NZ)) ** 2)
             losses["commitment"] = jnp.mean((jax.lax.stop_gradient(q_NZ) - z_NZ) ** 2)
-            per_row, of_mean = entropy_loss(z_NZ, codebook_VZ, temperature=self.temperature, chunk_size=chunk)
-            losses["entropy"] = per_row - of_mean
+            losses["entropy"] = entropy_loss(z_NZ, codebook_VZ, temperature=self.temperature, chunk_size=chunk)
             if self.estimator == "rotation":
                 q_NZ = rotate(z_NZ, jax.lax.stop_gradient(q_NZ))
             else:

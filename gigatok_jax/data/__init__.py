@@ -1,0 +1,27 @@
+"""Images in, batches out: numpy and grain, never models."""
+
+from gigatok_jax.data.decode import BadRecord, decode_image
+from gigatok_jax.data.evaluation import eval_batches, eval_crops
+from gigatok_jax.data.pipeline import CROPS, TrainLoader, sample_ids
+from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, Record, Source, make_source
+from gigatok_jax.data.transforms import adm_center_crop, adm_random_crop, horizontal_flip, random_scale_crop
+
+__all__ = [
+    "CROPS",
+    "SOURCES",
+    "BadRecord",
+    "ImageFolder",
+    "Photographs",
+    "Record",
+    "Source",
+    "TrainLoader",
+    "adm_center_crop",
+    "adm_random_crop",
+    "decode_image",
+    "eval_batches",
+    "eval_crops",
+    "horizontal_flip",
+    "make_source",
+    "random_scale_crop",
+    "sample_ids",
+]

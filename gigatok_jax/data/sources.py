@@ -1,0 +1,218 @@
+"""Random-access image sources: `len(source)`, `source[i]`, `source.name_of(i)`, `source.class_names`.
+
+A source raises `BadRecord` for a record it cannot give and never skips one itself: what replaces it is the
+pipeline's to decide. Sources are pickled to worker processes, so they hold names and small things only.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from gigatok_jax.data.decode import MAX_BYTES, MAX_PIXELS, MIN_SIDE, BadRecord, decode_image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Record(NamedTuple):
+    """One labelled picture."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    label: int  # index into the source's class_names
+    name: str  # unique within the source
+
+
+class Source(Protocol):
+    """What the pipeline asks of a source."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def name_of(self, index: int) -> str: ...
+
+
+class ImageFolder:
+    """Images in a folder tree; an image's class is the first sub-folder on its path.
+
+    Classes are the sorted sub-folders that hold an image at any depth; images directly in `root` are of class
+    "" (label 0). Files are listed by suffix (`IMAGE_SUFFIXES`, any case) and sorted by their path relative to
+    `root`, which is also their name. Links are followed, except back into a folder they are in.
+
+    Args:
+        root: the folder.
+        max_pixels, max_bytes, min_side: as in `decode_image`.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder.
+        ValueError: no image in it.
+        OSError: a sub-folder cannot be listed (its images would silently be missing).
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+        min_side: int = MIN_SIDE,
+    ):
+        self.root = Path(root)
+        self._limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"image folder {str(self.root)!r} is not a folder: give the path of a folder of images, "
+                "with one sub-folder per class where there are classes"
+            )
+        self._names = _list_images(self.root)
+        if not self._names:
+            raise ValueError(
+                f"no image in folder {str(self.root)!r}: put files ending in {' '.join(IMAGE_SUFFIXES)} "
+                "there, or in one sub-folder per class"
+            )
+        self.class_names = tuple(sorted({_class_of(name) for name in self._names}))
+        self._labels = {class_name: label for label, class_name in enumerate(self.class_names)}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name_of(self, index: int) -> str:
+        """Path relative to the root, with forward slashes."""
+        return self._names[index]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads and decodes one file; raises BadRecord where that fails."""
+        name = self._names[index]
+        image = decode_image(_read(self.root / name, name, self._limits["max_bytes"]), name, **self._limits)
+        return Record(image, self._labels[_class_of(name)], name)
+
+
+class Photographs:
+    """The real colour photographs inside scikit-image's (train) and scikit-learn's (eval) wheels.
+
+    Whole photographs are held out: no crop of an eval picture is ever trained on, and both pictures of the
+    stereo pair are in train. Every photograph is its own class. Decoded arrays are kept in memory, read-only.
+
+    Args:
+        split: "train" (nine pictures) or "eval" (two).
+
+    Raises:
+        ValueError: unknown split.
+        ImportError: the package with the pictures is not installed.
+    """
+
+    SPLITS = {  # noqa: RUF012 (a constant)
+        "train": (
+            "skimage",
+            "data",
+            (
+                "astronaut.png",
+                "chelsea.png",
+                "coffee.png",
+                "hubble_deep_field.jpg",
+                "ihc.png",
+                "motorcycle_left.png",
+                "motorcycle_right.png",
+                "retina.jpg",
+                "rocket.jpg",
+            ),
+        ),
+        "eval": ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+    }
+
+    def __init__(self, split: str = "train"):
+        if split not in self.SPLITS:
+            raise ValueError(f"photographs has no split {split!r}; splits: {', '.join(self.SPLITS)}")
+        package, folder, self._names = self.SPLITS[split]
+        self._folder = _package_folder(package) / folder
+        self.class_names = tuple(name.rsplit(".", 1)[0] for name in self._names)
+        self._cache: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cache": {}}
+
+    def name_of(self, index: int) -> str:
+        """File name within the package."""
+        return self._names[index]
+
+    def __getitem__(self, index: int) -> Record:
+        """One photograph; raises BadRecord where its file is missing or damaged."""
+        name = self._names[index]
+        if index not in self._cache:
+            image = decode_image(_read(self._folder / name, name, MAX_BYTES), name)
+            image.flags.writeable = False
+            self._cache[index] = image
+        return Record(self._cache[index], index, name)
+
+
+def make_source(name: str, *, root: str | os.PathLike | None = None, split: str = "train") -> Source:
+    """Builds a source by name.
+
+    Args:
+        name: a key of `SOURCES`: "folder" (needs `root`; `split` is not used) or "photographs".
+        root: the folder of images.
+        split: "train" or "eval".
+
+    Raises:
+        ValueError: unknown name, or an argument the source needs is missing.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"unknown image source {name!r}; sources: {', '.join(sorted(SOURCES))}")
+    return SOURCES[name](root, split)
+
+
+def _make_folder(root: str | os.PathLike | None, split: str) -> ImageFolder:
+    del split  # each split is a folder of its own
+    if not root:
+        raise ValueError('image source "folder" needs root, the path of a folder of images')
+    return ImageFolder(root)
+
+
+SOURCES = {"folder": _make_folder, "photographs": lambda root, split: Photographs(split)}
+
+
+def _class_of(name: str) -> str:
+    return name.split("/", 1)[0] if "/" in name else ""
+
+
+def _list_images(root: Path) -> list[str]:
+    """Sorted relative posix paths of the image files below `root`."""
+
+    def refuse(error: OSError):
+        raise error
+
+    names, above = [], {}  # above: folder -> the real folders on its path, to stop at a link that leads back
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real, parents = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
+        if real in parents:
+            subfolders.clear()
+            continue
+        above[folder] = parents | {real}
+        relative = Path(folder).relative_to(root)
+        names += [(relative / f).as_posix() for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(names)
+
+
+def _read(path: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise BadRecord(name, f"{size} bytes, above the limit of {max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRecord(name, f"cannot be read ({error.strerror or error})") from error
+
+
+def _package_folder(package: str) -> Path:
+    # Found, not imported: importing either costs seconds and is needed for nothing here.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f'the demo photographs are inside the package {package!r}: pip install "gigatok_jax[demo]"')
+    return Path(spec.submodule_search_locations[0])

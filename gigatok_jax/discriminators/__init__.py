@@ -1,0 +1,1 @@
+"""Discriminators: networks that give real images high logits and reconstructions low ones."""

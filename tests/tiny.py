@@ -1,0 +1,76 @@
+"""The small models and configs that several tests share."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from gigatok_jax import config
+
+ROOT = Path(__file__).parents[1]
+
+
+def config_module(name: str) -> ModuleType:
+    """`configs/<name>.py` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def published_nano(layout: str) -> ConfigDict:
+    """The tokenizer section of the recorded nano models (64 px, 16×16 cells, width 64)."""
+    section = config.gigatok_tokenizer()
+    section.update(
+        layout=layout,
+        image_size=64,
+        features=64,
+        conv_base=32,
+        conv_multipliers=(1, 1, 2) if layout == "1d" else (1, 1, 1),
+        codebook_size=512,
+        codebook_chunk=128,
+        distill_layer=1,
+        teacher_dim=48,
+        remat="none",
+    )
+    for side in ("encoder", "decoder"):
+        section.update({f"{side}_width": 64, f"{side}_depth": 2, f"{side}_heads": 2})
+    return section
+
+
+def tiny_run(**changes: object) -> ConfigDict:
+    """A complete config small enough to compile in seconds: 16 px, 4×4 cells, adversarial from the first step."""
+    cfg = config.base()
+    cfg.update(num_steps=8, global_batch=8, dtype="float32", max_skipped=3)
+    cfg.tokenizer.update(
+        image_size=16,
+        num_latent_tokens=8,
+        features=16,
+        conv_base=8,
+        conv_multipliers=(1, 1, 2),
+        encoder_conv_blocks=1,
+        decoder_conv_blocks=1,
+        norm_groups=4,
+        codebook_size=64,
+        codebook_chunk=32,
+        distill_layer=1,
+        teacher_dim=0,
+        remat="none",
+    )
+    for side in ("encoder", "decoder"):
+        cfg.tokenizer.update({f"{side}_width": 16, f"{side}_depth": 2, f"{side}_heads": 2})
+    cfg.discriminator.update(base_channels=8, num_layers=1)
+    cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, entropy_weight=0.1, auxiliary_end=3)
+    cfg.loss.update(discriminator_start=1, lecam_weight=0.001, usage_window=128)
+    cfg.groups.tokenizer.ema = 0.9
+    cfg.data.update(source="photographs", crop="scale", num_threads=2, prefetch=2)
+    cfg.eval.update(every=0, num_images=8, batch=8, grid=8)
+    cfg.checkpoint.every = 4
+    cfg.log.every = 1
+    for dotted, value in changes.items():
+        node, *rest = cfg, *dotted.split("__")
+        for part in rest[:-1]:
+            node = node[part]
+        node[rest[-1]] = value
+    return cfg
