@@ -29,6 +29,8 @@ def get_config(layout: str = "1d") -> ConfigDict:
         norm_groups=8,
         codebook_size=512,
         teacher_dim=0,
+        adaptive_scale_init=1.0,
+        kernel_gain=1.0,
         remat="none",
     )
     for side in ("encoder", "decoder"):

@@ -37,6 +37,8 @@ def gigatok_tokenizer() -> ConfigDict:
             decoder_conv_blocks=3,
             conv_attention=False,
             norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²) as published
+            adaptive_scale_init=0.0,  # bias of the adaptive group norms' scale; 1 trains faster from scratch
             encoder_width=512,
             encoder_depth=6,
             encoder_heads=8,

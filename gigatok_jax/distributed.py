@@ -48,7 +48,7 @@ def initialize(
         one id, or they disagree on their number. Says who waited, where, how long and what to check.
     """
     given = _gather(coordinator, num_processes, process_id)
-    if given is None:
+    if given is None or jax.distributed.is_initialized():
         return
     address, count, index = given
     if address == AUTO:

@@ -40,15 +40,15 @@ def published_nano(layout: str) -> ConfigDict:
 
 
 def tiny_run(**changes: object) -> ConfigDict:
-    """A complete config small enough to compile in seconds: 16 px, 4×4 cells, adversarial from the first step."""
+    """A complete config small enough to compile in seconds: 8 px, 4×4 cells, adversarial from the first step."""
     cfg = config.base()
     cfg.update(num_steps=8, global_batch=8, dtype="float32", max_skipped=3)
     cfg.tokenizer.update(
-        image_size=16,
+        image_size=8,
         num_latent_tokens=8,
         features=16,
         conv_base=8,
-        conv_multipliers=(1, 1, 2),
+        conv_multipliers=(1, 2),
         encoder_conv_blocks=1,
         decoder_conv_blocks=1,
         norm_groups=4,

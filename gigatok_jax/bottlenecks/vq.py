@@ -67,16 +67,19 @@ def entropies(logits: Callable[[Any], jax.Array], chunks: Any, num_rows: int) ->
         peak_N, total_N, weighted_N = row
         a = logits(chunk)
         new_peak = jax.lax.stop_gradient(jnp.maximum(peak_N, a.max(-1)))  # the result does not depend on it
-        shift_N, e = jnp.exp(peak_N - new_peak), jnp.exp(a - new_peak[:, None])
-        a = jnp.where(jnp.isfinite(a), a, 0.0)
-        return (new_peak, total_N * shift_N + e.sum(-1), weighted_N * shift_N + (e * a).sum(-1)), None
+        # Σ e·(a − peak), not Σ e·a: the common offset of a few hundred would cost float32 two digits.
+        shift_N, below = jnp.exp(peak_N - new_peak), a - new_peak[:, None]
+        e = jnp.exp(below)
+        weighted_N = shift_N * (weighted_N + total_N * (peak_N - new_peak))
+        weighted_N += (e * jnp.where(jnp.isfinite(below), below, 0.0)).sum(-1)
+        return (new_peak, total_N * shift_N + e.sum(-1), weighted_N), None
 
     zeros_N = jnp.zeros((num_rows,), jnp.float32)
     (peak_N, total_N, weighted_N), _ = jax.lax.scan(
         softmax_statistics, (jnp.full_like(zeros_N, -1e30), zeros_N, zeros_N), chunks
     )
     log_sum_N = peak_N + jnp.log(total_N)
-    per_row = jnp.mean(log_sum_N - weighted_N / total_N)
+    per_row = jnp.mean(jnp.log(total_N) - weighted_N / total_N)
 
     @jax.checkpoint
     def mean_entropy(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:

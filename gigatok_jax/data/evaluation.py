@@ -84,10 +84,10 @@ def _finish(batches: Iterator[dict], bad_records: dict[str, str]) -> Iterator[di
 
 
 def eval_crops(source: Source, size: int, count: int) -> tuple[np.ndarray, list[str]]:
-    """Square crops of a few large pictures, spread evenly over the pictures and over each one at two scales.
+    """Square crops of a few large pictures, spread evenly over the pictures, their octaves and their area.
 
-    About half of a picture's crops span its shorter side, the others half of it (never less than `size`, so
-    nothing is enlarged). Each scale's crops lie on a regular grid.
+    Crops have the picture's shorter side, half of it, a quarter, ... down to `size` (nothing is enlarged), in equal
+    shares: the scales that `random_scale_crop` draws uniformly. Each scale's crops lie on a regular grid.
 
     Args:
         source: the pictures.
@@ -116,13 +116,14 @@ def eval_crops(source: Source, size: int, count: int) -> tuple[np.ndarray, list[
 
 
 def _places(height: int, width: int, size: int, count: int, name: str) -> list[tuple[int, int, int]]:
-    """`count` different (top, left, side) squares of one picture."""
+    """`count` different (top, left, side) squares of one picture, in equal shares from every octave."""
     shorter = min(height, width)
     require(shorter >= size, f"{name} is {width}x{height}: crops of size {size} do not fit")
-    side = max(size, shorter // 2)
-    # A square picture has one crop at full scale: the rest of its share is taken at the smaller one.
-    whole = _grid(height, width, shorter, count // 2) if side < shorter else []
-    places = whole + _grid(height, width, side, count - len(whole))
+    sides = [shorter >> octave for octave in range(shorter.bit_length()) if shorter >> octave >= size]
+    places = []
+    for index, side in enumerate(sides):
+        # A large scale may have fewer different squares than its share: the smaller ones take the rest.
+        places += _grid(height, width, side, (count - len(places)) // (len(sides) - index))
     require(len(places) == count, f"{name} ({width}x{height}) has no {count} different crops of size {size}")
     return places
 

@@ -105,6 +105,7 @@ class ConvDecoder(nn.Module):
     blocks: int = 3
     groups: int = 32
     attention: bool = False
+    scale_init: float = 0.0
     out_channels: int = 3
     dtype: Any = jnp.float32
 
@@ -117,7 +118,7 @@ class ConvDecoder(nn.Module):
             x = AttentionBlock(self.groups, self.dtype, name="mid_attention")(x)
         x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="mid1")(x)
         for level, multiplier in enumerate(reversed(self.multipliers)):
-            x = AdaptiveGroupNorm(self.groups, self.dtype, name=f"level{level}_adaptive")(x, z_BHWC)
+            x = AdaptiveGroupNorm(self.groups, self.scale_init, self.dtype, name=f"level{level}_adaptive")(x, z_BHWC)
             for block in range(self.blocks):
                 name = f"level{level}_block{block}"
                 x = ResnetBlock(self.base * multiplier, self.groups, self.dtype, name=name)(x)

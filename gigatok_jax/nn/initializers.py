@@ -1,5 +1,7 @@
 """Initialisers of the published models that flax does not name."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,3 +32,20 @@ def fan_in_uniform(fan_in: int) -> Init:
 def position_table(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """(positions, D) drawn from N(0, 1/D)."""
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+
+def with_gain(params: Any, gain: float) -> Any:
+    """Fresh parameters with every N(0, 0.02) kernel rescaled to a standard deviation of gain / sqrt(fan-in).
+
+    0.02 suits widths of 512 and more; narrow networks start nearly silent with it. Kernels with an initialiser of
+    their own (packed q, k, v and the projections next to the codes) keep it.
+    """
+
+    def rescale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith("/kernel") or re.search(r"(query|key|value|to_latents|from_latents)/kernel$", name):
+            return leaf
+        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
+        return leaf * (gain / math.sqrt(fan_in) / 0.02)
+
+    return jax.tree_util.tree_map_with_path(rescale, params)

@@ -22,10 +22,13 @@ def group_norm(groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm
 class AdaptiveGroupNorm(nn.Module):
     """GroupNorm whose scale and bias are linear in the per-channel statistics of a style map (GigaTok's conv decoder).
 
-    y = Linear(sqrt(unbiased var(z) + 1e-6)) · GN(x) + Linear(mean(z)), statistics of z over space.
+    y = Linear(sqrt(unbiased var(z) + 1e-6)) · GN(x) + Linear(mean(z)), statistics of z over space. `scale_init` is where
+    the first Linear's bias starts: 0 as published, where every level first passes next to nothing; 1 starts as a plain
+    GroupNorm.
     """
 
     groups: int
+    scale_init: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -35,7 +38,8 @@ class AdaptiveGroupNorm(nn.Module):
         mean_BC = style.mean((1, 2))
         variance_BC = jnp.var(style, axis=(1, 2), ddof=1)
         dense = dict(features=channels, dtype=self.dtype, kernel_init=small_normal)
-        scale_BC = nn.Dense(**dense, name="scale")(jnp.sqrt(variance_BC + 1e-6))
+        start = nn.initializers.constant(self.scale_init)
+        scale_BC = nn.Dense(**dense, bias_init=start, name="scale")(jnp.sqrt(variance_BC + 1e-6))
         bias_BC = nn.Dense(**dense, name="bias")(mean_BC)
         normed = nn.GroupNorm(
             self.groups, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=self.dtype

@@ -34,7 +34,12 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> 
     if weights.semantic_weight and not cfg["tokenizer"]["teacher_dim"]:
         raise ValueError("config.loss.semantic_weight needs the distillation head: set config.tokenizer.teacher_dim")
     return TokenizerObjective(
-        tokenizer, _discriminator(cfg, dtype), weights, cfg["tokenizer"]["codebook_size"], teachers
+        tokenizer=tokenizer,
+        discriminator=_discriminator(cfg, dtype),
+        weights=weights,
+        codebook_size=cfg["tokenizer"]["codebook_size"],
+        teachers=teachers,
+        kernel_gain=cfg["tokenizer"]["kernel_gain"],
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
+from gigatok_jax.nn.initializers import with_gain
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 Teacher = Callable[[Any, jax.Array], jax.Array]  # (frozen parameters, images in [−1, 1]) → features or distances
@@ -57,6 +58,7 @@ class TokenizerObjective(NamedTuple):
     weights: Weights
     codebook_size: int
     teachers: Mapping[str, Teacher]
+    kernel_gain: float = 0.0
 
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
@@ -64,6 +66,8 @@ class TokenizerObjective(NamedTuple):
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
         params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
+        if self.kernel_gain:
+            params["tokenizer"] = with_gain(params["tokenizer"], self.kernel_gain)
         state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)

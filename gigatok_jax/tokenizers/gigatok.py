@@ -79,7 +79,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
             chunk_size=cfg["codebook_chunk"],
         ),
         decoder=HybridDecoder(
-            cnn=ConvDecoder(blocks=cfg["decoder_conv_blocks"], **convs),
+            cnn=ConvDecoder(blocks=cfg["decoder_conv_blocks"], scale_init=cfg["adaptive_scale_init"], **convs),
             grid=grid,
             distill_layer=cfg["distill_layer"],
             teacher_dim=cfg["teacher_dim"] or None,

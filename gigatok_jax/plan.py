@@ -1,0 +1,142 @@
+"""What a config will be, before any accelerator is taken: parameters by module and by part.
+
+    python -m gigatok_jax.plan --config=configs/gigatok.py:xl-xxl --params
+
+The last line printed is one JSON object. Nothing is allocated: shapes come from `jax.eval_shape`.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from gigatok_jax import config, objectives
+from gigatok_jax.discriminators.patchgan import PatchGAN
+from gigatok_jax.sharding import path_name
+
+# The first pattern that a parameter's path begins with names its part.
+PARTS = {
+    "conv_encoder": r"encoder/cnn/",
+    "vit_encoder": r"encoder/(?!to_latents/)",
+    "bottleneck": r"bottleneck/",
+    "projections": r"encoder/to_latents/|decoder/from_latents/",
+    "distill_head": r"decoder/distill/",
+    "conv_decoder": r"decoder/cnn/",
+    "vit_decoder": r"decoder/",
+}
+
+
+def tokenizer_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's parameters as `jax.ShapeDtypeStruct`s; frozen networks are not among them.
+
+    Raises:
+      ValueError: for an unknown family, or sizes that the family refuses.
+    """
+    section = cfg["tokenizer"]
+    if section["family"] not in objectives.FAMILIES:
+        families = ", ".join(objectives.FAMILIES)
+        raise ValueError(f"config.tokenizer.family={section['family']!r} is not one of {families}")
+    section = {**section, "attention": "xla"}  # a fused kernel could not be traced without its device
+    tokenizer = objectives.FAMILIES[section["family"]](section, dtype=jnp.dtype(cfg["dtype"]))
+    return jax.eval_shape(lambda image: tokenizer.init(jax.random.key(0), image), _image(cfg))["params"]
+
+
+def discriminator_params(cfg: Mapping[str, Any]) -> int | None:
+    """Trained parameters of the discriminator: 0 where the run has none, None where it is of an unknown kind.
+
+    Raises:
+      ValueError: for an image size below the discriminator's smallest.
+    """
+    section = cfg["discriminator"]
+    if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
+        return 0
+    if section["name"] != "patchgan":
+        return None
+    model = PatchGAN(section["base_channels"], section["num_layers"])
+    shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), _image(cfg))
+    return count(shapes["params"])
+
+
+def _image(cfg: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    size = cfg["tokenizer"]["image_size"]
+    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+
+def count(params: Any) -> int:
+    """How many numbers are in a pytree of (abstract) arrays."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def by_part(params: Any) -> dict[str, int]:
+    """Counts by the names of `PARTS`, which sum to `count(params)`; what none matches is "other"."""
+    counts = dict.fromkeys(PARTS, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = next((part for part, pattern in PARTS.items() if re.match(pattern, path_name(path))), "other")
+        counts[name] = counts.get(name, 0) + math.prod(leaf.shape)
+    return counts
+
+
+def parameter_table(params: Any, depth: int = 2) -> str:
+    """A row per module path cut to `depth` names; rows that are a single array have its shape. Ends with the total."""
+    total, rows = count(params), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        group = "/".join(name.split("/")[:depth])
+        shape = "×".join(map(str, leaf.shape)) if group == name else ""
+        rows[group] = shape, rows.get(group, ("", 0))[1] + math.prod(leaf.shape)
+    lines = [("module", "shape", "parameters", "share")]
+    lines += [(name, shape, f"{size:,}", f"{size / total:.2%}") for name, (shape, size) in rows.items()]
+    lines.append(("total", "", f"{total:,}", f"{1:.2%}"))
+    name, shape, size, share = (max(map(len, column)) for column in zip(*lines))
+    text = [f"{n:<{name}}  {s:<{shape}}  {c:>{size}}  {p:>{share}}" for n, s, c, p in lines]
+    rule = "-" * len(text[0])
+    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+
+
+def plan_params(cfg: Mapping[str, Any], depth: int = 2) -> tuple[str, dict[str, Any]]:
+    """(table, {"params", "by_part", "discriminator"}) of a config.
+
+    Raises:
+      ValueError: for a config that cannot be built.
+    """
+    params = tokenizer_shapes(cfg)
+    facts = {"params": count(params), "by_part": by_part(params), "discriminator": discriminator_params(cfg)}
+    return parameter_table(params, depth), facts
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Called only where this module is the program, so that importing it leaves other programs' flags alone."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:xl-xxl.", lock_config=True)
+    flags.DEFINE_bool("params", False, "Print the tokenizer's parameters.")
+    flags.DEFINE_integer("depth", 2, "Names of a module path that make a row of the table.", lower_bound=1)
+    flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
+    if not FLAGS.params:
+        sys.exit("error: nothing to plan; flags are --params (a table of the parameters, with --depth=N)")
+    jax.config.update("jax_platforms", "cpu")  # a plan must not take hold of an accelerator that a run is using
+    try:
+        config.validate(FLAGS.config)
+        table, facts = plan_params(FLAGS.config, FLAGS.depth)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table)
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,89 @@
+"""The benchmark runs the real step on a small config; what it measures is not judged here, only that it is there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gigatok_jax import benchmark
+from tests.tiny import ROOT, tiny_run
+
+TINIEST = dict(
+    tokenizer__image_size=8,
+    tokenizer__num_latent_tokens=4,
+    tokenizer__conv_multipliers=(1,),
+    tokenizer__encoder_depth=1,
+    tokenizer__decoder_depth=1,
+)
+
+
+@pytest.fixture(scope="module")
+def facts():
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of this test
+    try:
+        return benchmark.benchmark(tiny_run(**TINIEST, mesh__fsdp=2), steps=3, warmup=1)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_records_are_complete_and_agree_with_themselves(facts):
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["devices"] == 8 and facts["jax"] == jax.__version__ and facts["global_batch"] == 8
+    for name in benchmark.WHAT:
+        record = facts[name]
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+        assert 0 < record["min_ms"] <= record["median_ms"] <= record["max_ms"]
+        assert record["images"] == 8 and record["flops_notes"] == []
+        assert record["images_per_second"] == pytest.approx(8e3 / record["median_ms"])
+        flops = record["flops_per_image"] * record["images_per_second"]
+        assert record["gflops_per_second"] == pytest.approx(flops / 1e9)
+        assert record["compiler_peak_mib"] > 0
+
+
+def test_train_is_the_last_phase_and_costs_most(facts):
+    assert facts["step"] == 7 and facts["phase"] == {"auxiliary": False, "adversarial": True}
+    train, encode, decode = (facts[name]["flops_per_image"] for name in benchmark.WHAT)
+    assert train > 3 * (encode + decode)
+    assert facts["train"]["compiler_peak_mib"] > facts["decode"]["compiler_peak_mib"]
+
+
+def test_fused_attention_is_counted_as_matrix_products(monkeypatch):
+    monkeypatch.setattr(benchmark.train_state, "abstract", lambda *args: None)  # cuDNN is not here to be traced
+    setup = benchmark.build(tiny_run(**TINIEST, tokenizer__attention="cudnn"))
+    assert setup.objective.tokenizer.encoder.stack.attention == "cudnn"
+    assert setup.counted.tokenizer.encoder.stack.attention == "xla"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"what": ["sample"]}, "sample"), ({"steps": 0}, "steps"), ({"warmup": -1}, "warmup"), ({"step": 8}, "0..7")],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.benchmark(tiny_run(), **options)
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gigatok_jax.benchmark", *arguments]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_program_ends_with_one_json_line(tmp_path):
+    cfg = tiny_run(**TINIEST)
+    lines = ["from ml_collections import ConfigDict", f"def get_config(): return ConfigDict({cfg.to_dict()!r})"]
+    (tmp_path / "tiniest.py").write_text("\n".join(lines))
+    done = run_benchmark(f"--config={tmp_path}/tiniest.py", "--what=encode", "--steps=1", "--warmup=0")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["encode"]["images"] == 8 and "train" not in facts
+
+
+def test_program_says_what_it_cannot_load():
+    done = run_benchmark("--config=configs/gigatok.py:s-s")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: config.loss.perceptual_weight" in done.stderr

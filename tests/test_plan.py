@@ -1,0 +1,93 @@
+"""Parameter counts of the published sizes, and the program that prints them."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gigatok_jax import plan
+from tests.tiny import ROOT, config_module, tiny_run
+
+# Counts of the published checkpoints' modules.
+SMALL = {
+    "conv_encoder": 26_143_232,
+    "vit_encoder": 26_013_440,
+    "bottleneck": 131_072,
+    "projections": 2_056 + 2_304,
+    "distill_head": 6_820_608,
+    "conv_decoder": 50_161_155,
+    "vit_decoder": 33_619_968 - 6_820_608,
+}
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gigatok_jax.plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_small_by_part_and_module():
+    table, facts = plan.plan_params(config_module("gigatok").get_config("s-s"))
+    assert facts == {"params": 136_073_227, "by_part": SMALL, "discriminator": 2_765_633}
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
+    assert rows["encoder/to_latents"][0] == "2,056" and rows["decoder/from_latents"][0] == "2,304"
+    assert rows["bottleneck/codebook"][:2] == ["16384×8", "131,072"]
+    assert rows["total"] == ["136,073,227", "100.00%"]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_the_largest_is_counted_without_allocating():
+    cfg = config_module("gigatok").get_config("xl-xxl")
+    before = len(jax.live_arrays())
+    params = plan.tokenizer_shapes(cfg)
+    assert plan.count(params) == 2_893_970_443
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize(
+    "size, discriminator",
+    [("2d-s-s", 2_765_633), ("b-l-dino-disc", None), ("cpu-tiny", 0)],
+    ids=["grid", "discriminator_of_an_unknown_kind", "discriminator_never_starts"],
+)
+def test_parts_sum(size, discriminator):
+    _, facts = plan.plan_params(config_module("gigatok").get_config(size))
+    assert sum(facts["by_part"].values()) == facts["params"] and set(facts["by_part"]) == set(SMALL)
+    assert facts["discriminator"] == discriminator
+
+
+def test_depth_groups_and_unfolds_the_table():
+    params = plan.tokenizer_shapes(tiny_run())
+    assert len(plan.parameter_table(params, 1).splitlines()) == 3 + 4
+    leaves = plan.parameter_table(params, 99).splitlines()
+    assert len(leaves) == len(jax.tree.leaves(params)) + 4
+    assert any(line.split()[:2] == ["encoder/to_latents/kernel", "16×8"] for line in leaves)
+
+
+def test_fused_attention_needs_no_device():
+    assert plan.count(plan.tokenizer_shapes(tiny_run(tokenizer__attention="cudnn"))) > 0
+
+
+def test_what_no_part_names_is_other():
+    assert plan.by_part({"adapter": {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}})["other"] == 15
+
+
+def test_program_ends_with_one_json_line():
+    done = run_plan("--config=configs/gigatok.py:xl-xxl", "--params", "--depth=1")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["params"] == sum(facts["by_part"].values()) == 2_893_970_443
+
+
+def test_program_says_what_it_can_do():
+    done = run_plan("--config=configs/quickstart.py")
+    assert done.returncode == 1 and "--params" in done.stderr and "--depth" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="family"):
+        plan.tokenizer_shapes(tiny_run(tokenizer__family="other"))
+    with pytest.raises(ValueError, match="too small"):
+        plan.discriminator_params(tiny_run(discriminator__num_layers=3))
