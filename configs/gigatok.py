@@ -1,6 +1,6 @@
 """GigaTok tokenizers at every published size (arXiv 2504.08736; recipes of the released yamls).
 
-    python -m gigatok_jax.train --config=configs/gigatok.py:b-l --config.data.root=/data/imagenet/train --workdir=runs/b-l
+    python -m gigatok_jax.train --config=configs/gigatok.py:b-l --config.data.root=imagenet/train --workdir=runs/b-l
 
 Sizes: s-s, s-b, b-s, s-l, b-l, b-l-dino-disc, b-l-new (the authors' recommended recipe), xl-xxl, 2d-s-s (the yaml as
 released: self + cross layers), 2d-s-s-paper (plain ViT layers, as the paper's table), 2d-s-b, 2d-b-l, and tiny ones for

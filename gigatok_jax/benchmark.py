@@ -25,7 +25,7 @@ from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import Phase, TokenizerObjective, to_unit_range
 from gigatok_jax.scaling.flops import Flops, count_flops
 from gigatok_jax.train_state import TrainState
-from gigatok_jax.train_step import make_train_step
+from gigatok_jax.train_step import compile_step, make_train_step
 
 WHAT = ("train", "encode", "decode")
 
@@ -139,26 +139,6 @@ def synthetic_batch(cfg: ConfigDict, mesh: Mesh, images: int) -> dict[str, jax.A
         "label": np.zeros((last - first,), np.int32),
     }
     return sharding.place_batch(batch, mesh, images)
-
-
-def compile_step(
-    objective: Any,
-    groups: Mapping[str, optim.Group],
-    phase: Any,
-    *,
-    seed: int,
-    accumulate: int,
-    mesh: Mesh,
-    abstract: TrainState,
-    frozen: Any,
-    batch: Mapping[str, Any],
-) -> jax.stages.Compiled:
-    """The compiled step of a phase: the state donated, the new one where it lay, the metrics on every device."""
-    constraint = sharding.activation_constraint(mesh)
-    fn = make_train_step(objective, groups, phase, seed=seed, accumulate=accumulate, constraint=constraint)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
-    return jitted.lower(abstract, frozen, batch).compile()
 
 
 def train_call(setup: Setup, phase: Phase) -> Call:

@@ -38,6 +38,7 @@ def gigatok_tokenizer() -> ConfigDict:
             conv_attention=False,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²) as published
+            position_std=0.0,  # spread of the position tables at the start; 0: 1/sqrt(width) as published
             adaptive_scale_init=0.0,  # bias of the adaptive group norms' scale; 1 trains faster from scratch
             encoder_width=512,
             encoder_depth=6,

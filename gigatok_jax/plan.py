@@ -18,7 +18,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from gigatok_jax import config, objectives
-from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.sharding import path_name
 
 # The first pattern that a parameter's path begins with names its part.
@@ -54,12 +53,11 @@ def discriminator_params(cfg: Mapping[str, Any]) -> int | None:
     Raises:
       ValueError: for an image size below the discriminator's smallest.
     """
-    section = cfg["discriminator"]
-    if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
-        return 0
-    if section["name"] != "patchgan":
+    if cfg["discriminator"]["name"] not in ("none", "patchgan"):
         return None
-    model = PatchGAN(section["base_channels"], section["num_layers"])
+    model = objectives.build_discriminator(cfg, jnp.float32)
+    if model is None:
+        return 0
     shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), _image(cfg))
     return count(shapes["params"])
 

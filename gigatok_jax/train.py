@@ -23,7 +23,7 @@ from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.evals.evaluator import Evaluator
 from gigatok_jax.evals.report import write_report
 from gigatok_jax.preemption import StopSignal
-from gigatok_jax.train_step import broken_terms, make_train_step
+from gigatok_jax.train_step import broken_terms, compile_step
 
 SHOWN = ("loss/total", "loss/l2", "codebook/usage")
 
@@ -94,17 +94,17 @@ class Run:
         if phase not in self._steps:
             logging.info("compiling the step of %s", phase)
             started = time.monotonic()
-            fn = make_train_step(
+            self._steps[phase] = compile_step(
                 self.objective,
                 self.groups,
                 phase,
                 seed=self.cfg.seed,
                 accumulate=self.cfg.accumulate,
-                constraint=sharding.activation_constraint(self.mesh),
+                mesh=self.mesh,
+                abstract=self.abstract,
+                frozen={},
+                batch=batch,
             )
-            placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-            jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(self.mesh)))
-            self._steps[phase] = jitted.lower(self.state, {}, batch).compile()
             self.compile_seconds += time.monotonic() - started
             self.progress.restart_timing(step)
         return self._steps[phase]
@@ -234,14 +234,16 @@ def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, p
         return stop.exit_status if stopped else 0
 
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:b-l.", lock_config=True)
-flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, pictures, report.")
-flags.DEFINE_bool("allow_config_change", False, "Resume although the checkpoint's config computes something else.")
-flags.DEFINE_integer("preemption_code", 0, "Exit status after SIGTERM, for schedulers that requeue on one.")
-flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
-flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-flags.DEFINE_integer("process_id", None, "Which of them this is.")
+def define_flags() -> None:
+    """The program's flags; defined only when it runs as one, so that entry points can be imported side by side."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:b-l.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, pictures, report.")
+    flags.DEFINE_bool("allow_config_change", False, "Resume although the checkpoint's config computes something else.")
+    flags.DEFINE_integer("preemption_code", 0, "Exit status after SIGTERM, for schedulers that requeue on one.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is.")
+    flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -251,17 +253,20 @@ def main(argv: list[str]) -> None:
     # Libraries log through absl too; only their warnings are news.
     own = str(Path(__file__).parent)
     logging.get_absl_handler().addFilter(lambda r: r.levelno >= stdlib_logging.WARNING or r.pathname.startswith(own))
-    distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    sys.exit(
-        train(
-            FLAGS.config,
-            FLAGS.workdir,
-            allow_config_change=FLAGS.allow_config_change,
-            preemption_code=FLAGS.preemption_code,
-        )
+    options = flags.FLAGS
+    try:
+        distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    status = train(
+        options.config,
+        options.workdir,
+        allow_config_change=options.allow_config_change,
+        preemption_code=options.preemption_code,
     )
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    define_flags()
     app.run(main)

@@ -51,4 +51,6 @@ def abstract(objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh:
 def init(objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh: Mesh, preset: str) -> TrainState:
     """A fresh state, made sharded: no leaf is ever whole on one device unless the table says so."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(objective, groups, seed, mesh, preset))
-    return jax.jit(lambda: create(objective, groups, seed), out_shardings=shardings)()
+    # Hundreds of small random fills run once: on a CPU, optimising them costs four times what it saves.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(lambda: create(objective, groups, seed), out_shardings=shardings, compiler_options=options)()

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from gigatok_jax import optim
+from gigatok_jax import optim, sharding
 from gigatok_jax.nn.constrain import Constraint, constraints
 from gigatok_jax.train_state import TrainState
 
@@ -52,6 +53,26 @@ def make_train_step(
         return _apply(train, groups, active, loss, state, metrics, gradients)
 
     return step_fn
+
+
+def compile_step(
+    objective: Any,
+    groups: Mapping[str, optim.Group],
+    phase: Any,
+    *,
+    seed: int,
+    accumulate: int,
+    mesh: Mesh,
+    abstract: TrainState,
+    frozen: Any,
+    batch: Mapping[str, Any],
+) -> jax.stages.Compiled:
+    """The compiled step of a phase: the state is donated and the new one lies where it lay."""
+    constraint = sharding.activation_constraint(mesh)
+    fn = make_train_step(objective, groups, phase, seed=seed, accumulate=accumulate, constraint=constraint)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
+    return jitted.lower(abstract, frozen, batch).compile()
 
 
 def _accumulated(

@@ -235,7 +235,9 @@ TERMS = ("l2", "direct_l2", "codebook", "commitment", "entropy", "feature", "sem
 def adversarial_step():
     """Builds the step of a phase that has every term, with one of them poisoned."""
     cfg = tiny_run(tokenizer__teacher_dim=12, loss__semantic_weight=0.5)
-    teacher = {"semantic": lambda frozen, image: jnp.ones((image.shape[0], 16, 12)) * image.mean((1, 2, 3))[:, None, None]}
+    teacher = {
+        "semantic": lambda frozen, image: jnp.ones((image.shape[0], 16, 12)) * image.mean((1, 2, 3))[:, None, None]
+    }
     honest = objectives.build(cfg, teachers=teacher)
 
     def make(term):
@@ -286,9 +288,7 @@ def test_frozen_paths_have_no_gradient_and_no_moments():
     step, before, batch = build(cfg, objective, groups, ONE)
     after, metrics = step(before, {}, batch)
     for name in ("encoder", "bottleneck"):
-        jax.tree.map(
-            np.testing.assert_array_equal, after.params["tokenizer"][name], before.params["tokenizer"][name]
-        )
+        jax.tree.map(np.testing.assert_array_equal, after.params["tokenizer"][name], before.params["tokenizer"][name])
         assert float(metrics[f"grad_norm/tokenizer/{name}"]) == 0
     paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(before.opt["tokenizer"])]
     assert paths and not [path for path in paths if "/encoder/" in path]
@@ -320,7 +320,7 @@ def test_bfloat16_keeps_float32_parameters_and_losses():
 def test_mesh_and_batch_errors():
     cfg = tiny_run()
     cfg.mesh.update(data=3, fsdp=1, tensor=1)
-    with pytest.raises(ValueError, match="does not fit 8 devices|has 3 devices"):
+    with pytest.raises(ValueError, match="does not fit 8 devices"):
         config.check_mesh(cfg, 8)
     cfg.mesh.update(data=-1, fsdp=1, tensor=1)
     cfg.global_batch = 12

@@ -34,18 +34,22 @@ def position_table(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.floa
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
-def with_gain(params: Any, gain: float) -> Any:
-    """Fresh parameters with every N(0, 0.02) kernel rescaled to a standard deviation of gain / sqrt(fan-in).
+def rescaled(params: Any, kernel_gain: float, position_std: float) -> Any:
+    """Fresh parameters with other scales than the published N(0, 0.02²) kernels and N(0, 1/D) position tables.
 
-    0.02 suits widths of 512 and more; narrow networks start nearly silent with it. Kernels with an initialiser of
-    their own (packed q, k, v and the projections next to the codes) keep it.
+    `kernel_gain` g > 0: kernels get a standard deviation of g / sqrt(fan-in); `position_std` > 0: tables get it. The
+    published scales suit widths of 512 and more; narrow networks start nearly silent, and blind to position. Kernels
+    with an initialiser of their own (packed q, k, v and the projections next to the codes) keep it.
     """
 
     def rescale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not name.endswith("/kernel") or re.search(r"(query|key|value|to_latents|from_latents)/kernel$", name):
+        if name.endswith("_pos") and position_std:
+            return leaf * (position_std * math.sqrt(leaf.shape[-1]))
+        own = re.search(r"(query|key|value|to_latents|from_latents)/kernel$", name)
+        if not name.endswith("/kernel") or own or not kernel_gain:
             return leaf
         fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
-        return leaf * (gain / math.sqrt(fan_in) / 0.02)
+        return leaf * (kernel_gain / math.sqrt(fan_in) / 0.02)
 
     return jax.tree_util.tree_map_with_path(rescale, params)

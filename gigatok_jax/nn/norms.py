@@ -22,9 +22,9 @@ def group_norm(groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm
 class AdaptiveGroupNorm(nn.Module):
     """GroupNorm whose scale and bias are linear in the per-channel statistics of a style map (GigaTok's conv decoder).
 
-    y = Linear(sqrt(unbiased var(z) + 1e-6)) · GN(x) + Linear(mean(z)), statistics of z over space. `scale_init` is where
-    the first Linear's bias starts: 0 as published, where every level first passes next to nothing; 1 starts as a plain
-    GroupNorm.
+    y = Linear(sqrt(unbiased var(z) + 1e-6)) · GN(x) + Linear(mean(z)), statistics of z over space. `scale_init` is
+    where the first Linear's bias starts: 0 as published, where every level first passes next to nothing; 1 starts as a
+    plain GroupNorm.
     """
 
     groups: int

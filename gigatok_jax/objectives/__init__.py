@@ -35,15 +35,17 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> 
         raise ValueError("config.loss.semantic_weight needs the distillation head: set config.tokenizer.teacher_dim")
     return TokenizerObjective(
         tokenizer=tokenizer,
-        discriminator=_discriminator(cfg, dtype),
+        discriminator=build_discriminator(cfg, dtype),
         weights=weights,
         codebook_size=cfg["tokenizer"]["codebook_size"],
         teachers=teachers,
         kernel_gain=cfg["tokenizer"]["kernel_gain"],
+        position_std=cfg["tokenizer"]["position_std"],
     )
 
 
-def _discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | None:
+def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | None:
+    """The discriminator of a config; None where it has none, or none that starts within the run."""
     section = cfg["discriminator"]
     if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
         return None

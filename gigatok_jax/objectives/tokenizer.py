@@ -1,4 +1,4 @@
-"""The objective of tokenizer training: reconstruction, quantiser, semantic and adversarial terms as one pure function."""
+"""The objective of tokenizer training: every loss term of a step as one pure function."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
-from gigatok_jax.nn.initializers import with_gain
+from gigatok_jax.nn.initializers import rescaled
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 Teacher = Callable[[Any, jax.Array], jax.Array]  # (frozen parameters, images in [−1, 1]) → features or distances
@@ -59,15 +59,15 @@ class TokenizerObjective(NamedTuple):
     codebook_size: int
     teachers: Mapping[str, Teacher]
     kernel_gain: float = 0.0
+    position_std: float = 0.0
 
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
         size = self.tokenizer.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
-        params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
-        if self.kernel_gain:
-            params["tokenizer"] = with_gain(params["tokenizer"], self.kernel_gain)
+        fresh = self.tokenizer.init(tokenizer_key, image)["params"]
+        params = {"tokenizer": rescaled(fresh, self.kernel_gain, self.position_std)}
         state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)
@@ -185,10 +185,10 @@ class TokenizerObjective(NamedTuple):
         for prefix, image in images.items():
             terms[f"{prefix}adversarial"] = w.adversarial_weight * generator_loss(judge(stop(params), image))
         logits_real = judge(params, real)
-        for prefix, image in images.items():
-            logits = judge(params, stop(image))
-            logits_fake = logits_fake if prefix else logits
+        fakes = {prefix: judge(params, stop(image)) for prefix, image in images.items()}
+        for prefix, logits in fakes.items():
             terms[f"{prefix}discriminator"] = w.discriminator_weight * discriminator_loss(logits_real, logits)
+        logits_fake = fakes[""]
         state = {**state, "discriminator": stats}
         if w.lecam_weight:
             averages = lecam.lecam_update(

@@ -51,17 +51,13 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
 def test_grey(mode):
     source = Image.fromarray(GREY).convert(mode)
     expected = np.asarray(source.convert("L"))
-    np.testing.assert_array_equal(
-        decode_image(encoded(source, "PNG"), "x"), np.repeat(expected[..., None], 3, -1)
-    )
+    np.testing.assert_array_equal(decode_image(encoded(source, "PNG"), "x"), np.repeat(expected[..., None], 3, -1))
 
 
 def test_palette():
     source = Image.fromarray(RGB).quantize(16)
     for form in ("PNG", "GIF"):
-        np.testing.assert_array_equal(
-            decode_image(encoded(source, form), "x"), np.asarray(source.convert("RGB"))
-        )
+        np.testing.assert_array_equal(decode_image(encoded(source, form), "x"), np.asarray(source.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -96,9 +92,7 @@ def test_transparent_parts_become_white(mode):
 def test_exif_orientation(form, orientation, expected):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(
-        decode_image(encoded(Image.fromarray(RGB), form, exif=exif), "x"), expected
-    )
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(RGB), form, exif=exif), "x"), expected)
 
 
 def test_damaged_exif_does_not_cost_the_image():

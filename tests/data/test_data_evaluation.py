@@ -69,9 +69,7 @@ def test_eval_crops_of_the_photographs():
         picture, place = name.split("@")
         top, left, side = map(int, place.split(","))
         photograph = source[0 if picture == "china.jpg" else 1].image
-        np.testing.assert_array_equal(
-            image, resize_square(photograph[top : top + side, left : left + side], 64)
-        )
+        np.testing.assert_array_equal(image, resize_square(photograph[top : top + side, left : left + side], 64))
     np.testing.assert_array_equal(eval_crops(source, 64, 16)[0], images)
 
 

@@ -134,9 +134,10 @@ def test_flip_mirrors_about_half(zoo):
 def test_zoo_is_run_through_and_every_bad_file_named(zoo, caplog):
     source = ImageFolder(zoo)
     used = {}
-    with caplog.at_level(logging.WARNING, "absl"), TrainLoader(
-        source, **(BASE | {"num_steps": 6}), crop="center", flip=False
-    ) as loader:
+    with (
+        caplog.at_level(logging.WARNING, "absl"),
+        TrainLoader(source, **(BASE | {"num_steps": 6}), crop="center", flip=False) as loader,
+    ):
         for batch in loader:
             for index, label, image in zip(batch["id"], batch["label"], batch["image"]):
                 used[source.name_of(index)] = image

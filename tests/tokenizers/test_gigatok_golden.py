@@ -141,7 +141,8 @@ def test_losses_and_gradients(golden, case):
 
     ours = keymap.into_published(entries, jax.device_get(gradients))
     global_norm = float(want["global_grad_norm"])
-    np.testing.assert_allclose(np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in ours.values())), global_norm, rtol=1e-4)
+    squares = [np.sum(gradient.astype(np.float64) ** 2) for gradient in ours.values()]
+    np.testing.assert_allclose(np.sqrt(sum(squares)), global_norm, rtol=1e-4)
     checked = 0
     for name in want.files:
         if name.startswith("gradnorm__"):

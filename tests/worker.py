@@ -1,0 +1,59 @@
+"""One training process for the tests: a tiny run that writes down which samples it saw, and can kill itself.
+
+python tests/worker.py WORKDIR [--kill=9|15 --at=STEP] [--mesh=data,fsdp,tensor] [--root=FOLDER] [key=value …]
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from gigatok_jax import distributed, train  # noqa: E402
+from tests.tiny import tiny_run  # noqa: E402
+
+# As in conftest: one run's compilations serve the next.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("GIGATOK_TEST_CACHE", "/tmp/gigatok_jax_test_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class Recording(train.Run):
+    """A run that appends every step's losses and sample ids to `seen_<process>.jsonl`."""
+
+    kill, at = 0, -1
+
+    def report_step(self, step, values, ids):
+        super().report_step(step, values, ids)
+        scalars = {name: float(value) for name, value in values.items() if name.startswith("loss/")}
+        line = json.dumps({"step": step, "ids": ids.tolist(), **scalars})
+        with open(self.workdir / f"seen_{jax.process_index()}.jsonl", "a") as file:
+            file.write(line + "\n")
+        if step + 1 == self.at and self.kill:
+            os.kill(os.getpid(), self.kill)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--kill", type=int, default=0)
+    parser.add_argument("--at", type=int, default=-1)
+    parser.add_argument("--mesh", default="-1,1,1")
+    parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("changes", nargs="*")
+    args = parser.parse_args()
+    distributed.initialize()
+    changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in args.changes)}
+    cfg: ConfigDict = tiny_run(**changes)
+    cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), map(int, args.mesh.split(",")))))
+    Recording.kill, Recording.at = args.kill, args.at
+    train.Run = Recording
+    sys.exit(train.train(cfg.lock(), args.workdir, preemption_code=args.code))
+
+
+if __name__ == "__main__":
+    main()
