@@ -6,8 +6,8 @@ from pathlib import Path
 # Tests check numbers, not speed: unoptimised code compiles in a third of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compilations are shared between the tests of one run and between runs.

@@ -20,6 +20,7 @@ from tests.tiny import ROOT, tiny_run
 
 # Both phase changes (auxiliary path off at 3, discriminator on at 5) lie inside the eight steps.
 PHASED = ["loss__discriminator_start=5"]
+NO_GAN = {"discriminator__name": "none", "loss__auxiliary_end": 0, "loss__lecam_weight": 0.0}
 
 
 def worker(workdir, *args, devices=1, processes=1, check=True):
@@ -122,7 +123,7 @@ def test_restore_onto_other_meshes(tmp_path):
 
 def test_another_config_is_refused_with_a_diff(uninterrupted):
     cfg = tiny_run(loss__discriminator_start=5, tokenizer__codebook_size=128)
-    with pytest.raises(CheckpointMismatch, match="tokenizer.codebook_size: saved 64, now 128"):
+    with pytest.raises(CheckpointMismatch, match=r"tokenizer\.codebook_size: saved 64, now 128"):
         final_state(uninterrupted, cfg)
 
 
@@ -157,8 +158,7 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
     for name, data in broken.items():
         (root / name).write_bytes(data)
     Image.new("RGB", (1, 1)).save(root / "class1" / "one.png")
-    cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, discriminator__name="none",
-                   loss__auxiliary_end=0, loss__lecam_weight=0.0)  # fmt: skip
+    cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, **NO_GAN)
     cfg.mesh.update(data=1, fsdp=8)
     with StopSignal() as stop:
         run = train.Run(cfg, tmp_path / "run")
@@ -181,9 +181,8 @@ def huge_png_header(side):
 
 
 def test_too_many_broken_updates_stop_the_run_and_say_how_to_rebuild_the_batch(tmp_path):
-    cfg = tiny_run(num_steps=8, loss__commitment_weight=float("inf"), discriminator__name="none",
-                   loss__auxiliary_end=0, loss__lecam_weight=0.0)  # fmt: skip
-    with StopSignal() as stop, pytest.raises(train.NonFiniteRun, match="3 updates in a row.*commitment"):
+    cfg = tiny_run(num_steps=8, loss__commitment_weight=float("inf"), **NO_GAN)
+    with StopSignal() as stop, pytest.raises(train.NonFiniteRun, match=r"3 updates in a row.*commitment"):
         run = train.Run(cfg, tmp_path)
         run.train(stop)
     record = json.loads((tmp_path / "nonfinite_0.json").read_text())

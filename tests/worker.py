@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import jax  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+from ml_collections import ConfigDict
 
-from gigatok_jax import distributed, train  # noqa: E402
-from tests.tiny import tiny_run  # noqa: E402
+from gigatok_jax import distributed, train
+from tests.tiny import tiny_run
 
 # As in conftest: one run's compilations serve the next.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("GIGATOK_TEST_CACHE", "/tmp/gigatok_jax_test_cache"))

@@ -1,0 +1,116 @@
+"""Configs: every one builds, counts what was published, and refuses what cannot work."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gigatok_jax import config, objectives
+from gigatok_jax.hub import gigatok as hub
+from gigatok_jax.tokenizers import gigatok
+from tests.tiny import ROOT, config_module, tiny_run
+
+# specs of the published yamls, counted by building each published model
+PUBLISHED = {
+    "s-s": 136_073_227,
+    "s-b": 232_399_627,
+    "b-l": 621_637_131,
+    "b-l-dino-disc": 621_637_131,
+    "b-l-new": 621_637_131,
+    "xl-xxl": 2_893_970_443,
+    "2d-s-s": 135_548_427,
+    "2d-s-b": 197_132_555,
+    "2d-b-l": 491_410_187,
+}
+SIZES = [*config_module("gigatok").SIZES, "cpu-tiny", "2d-cpu-tiny"]
+
+
+def shapes(section):
+    tokenizer = gigatok.build(section)
+    image = jnp.zeros((1, section.image_size, section.image_size, 3))
+    return jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_count_and_map_onto_published_keys(size):
+    section = config_module("gigatok").get_config(size).tokenizer
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes(section)))
+    entries = hub.entries(section)
+    assert count == PUBLISHED.get(size, count)
+    assert count == sum(int(np.prod(entry.shape)) for entry in entries)
+    assert len({entry.key for entry in entries}) == len(entries)
+
+
+def test_configs_are_locked_and_suggest():
+    cfg = config_module("gigatok").get_config("s-s")
+    with pytest.raises(AttributeError, match="learning_rate"):
+        cfg.groups.tokenizer.learning_rat = 1e-3
+    with pytest.raises(ValueError, match="sizes are s-s"):
+        config_module("gigatok").get_config("huge")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.data.rot=x"], "rot"),
+        (["--config.tokenizer.image_size=30"], "image_size=30 is not a multiple of 4"),
+        (["--config.tokenizer.num_latent_tokens=48"], "num_latent_tokens=48"),
+        (["--config.data.source=folder", "--config.data.root=/nowhere"], "/nowhere"),
+        (["--config.loss.perceptual_weight=1"], "perceptual_weight=0"),
+        (["--config.mesh.data=3"], "mesh"),
+        (["--config.dtype=float8"], "float32, bfloat16"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(arguments, words, tmp_path):
+    command = [sys.executable, "-m", "gigatok_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, -6)
+    assert words in done.stderr.splitlines()[-1] or words in done.stderr[-600:], done.stderr[-1500:]
+    if "rot=x" not in arguments[0]:
+        assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_flag_names_its_neighbour(tmp_path):
+    command = [sys.executable, "-m", "gigatok_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}",
+               "--config.data.rot=x"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert 'Did you mean "root"' in done.stderr, done.stderr[-800:]
+
+
+@pytest.mark.parametrize("image_size, grid", [(32, 8), (40, 10), (68, 17)])
+def test_other_image_sizes_run(image_size, grid):
+    section = tiny_run().tokenizer
+    section.update(image_size=image_size, conv_multipliers=(1, 1, 2))
+    tokenizer = gigatok.build(section)
+    assert tokenizer.decoder.grid == (grid, grid)
+    out = jax.eval_shape(tokenizer.init_with_output, jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
+    assert out[0][0].shape == (1, image_size, image_size, 3)
+
+
+def test_impossible_sections_are_refused_before_anything_is_built():
+    for changes, words in [
+        (dict(layout="2d"), "num_latent_tokens=8"),
+        (dict(encoder_heads=3), "does not divide into 3 heads"),
+        (dict(norm_groups=5), "norm_groups=5"),
+        (dict(layout="3d"), "neither"),
+    ]:
+        section = tiny_run().tokenizer
+        section.update(changes)
+        with pytest.raises(ValueError, match=words):
+            gigatok.build(section)
+
+
+def test_losses_that_need_a_network_say_so():
+    with pytest.raises(ValueError, match="semantic_weight=0"):
+        objectives.build(tiny_run(loss__semantic_weight=0.5))
+    with pytest.raises(ValueError, match="teacher_dim"):
+        objectives.build(tiny_run(loss__semantic_weight=0.5), teachers={"semantic": None})
+    with pytest.raises(ValueError, match="patchgan"):
+        objectives.build(tiny_run(discriminator__name="dino"))
+    config.validate(tiny_run(), 8)
