@@ -34,7 +34,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "dm-pix>=0.4"],
+        "test": [*DEMO, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "dm-pix>=0.4"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

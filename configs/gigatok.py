@@ -40,7 +40,7 @@ def get_config(size: str = "s-s") -> ConfigDict:
       ValueError: for a size that is not listed.
     """
     if size in ("cpu-tiny", "2d-cpu-tiny"):
-        return cpu_tiny(two_d=size.startswith("2d"))
+        return cpu_tiny("2d" if size.startswith("2d") else "1d")
     if size not in SIZES:
         raise ValueError(f"configs/gigatok.py:{size}: sizes are {', '.join([*SIZES, 'cpu-tiny', '2d-cpu-tiny'])}")
     cfg = config.base()
@@ -67,29 +67,13 @@ def get_config(size: str = "s-s") -> ConfigDict:
     return cfg.lock()
 
 
-def cpu_tiny(two_d: bool) -> ConfigDict:
-    """A tokenizer that a laptop trains: 32 px, narrow convolutions, no frozen networks."""
+def cpu_tiny(layout: str) -> ConfigDict:
+    """A tokenizer that a laptop trains, without frozen networks."""
     cfg = config.base()
-    cfg.num_steps, cfg.global_batch, cfg.dtype = 1000, 16, "float32"
-    cfg.tokenizer.update(
-        layout="2d" if two_d else "1d",
-        image_size=32,
-        num_latent_tokens=64,
-        features=64,
-        conv_base=16,
-        conv_multipliers=(1, 2, 4),
-        encoder_conv_blocks=1,
-        decoder_conv_blocks=2,
-        norm_groups=8,
-        codebook_size=512,
-        distill_layer=1,
-        teacher_dim=0,
-        remat="none",
-    )
-    for side in ("encoder", "decoder"):
-        cfg.tokenizer.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
-    cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, auxiliary_end=0, direct=False, entropy_weight=0.05)
-    cfg.loss.update(discriminator_start=10**9)
-    cfg.discriminator.update(base_channels=16, num_layers=2)
+    cfg.update(num_steps=2000, global_batch=8, dtype="float32")
+    cfg.tokenizer = config.small_gigatok_tokenizer(layout)
+    cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, entropy_weight=0.02, auxiliary_end=1000)
+    cfg.loss.discriminator_start = 10**9
+    cfg.groups.tokenizer.update(learning_rate=1e-3, warmup_steps=50, clip=1.0)
     cfg.data.update(num_threads=2, prefetch=8)
     return cfg.lock()

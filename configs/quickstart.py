@@ -16,30 +16,14 @@ from gigatok_jax import config
 def get_config(layout: str = "1d") -> ConfigDict:
     """The locked config of a layout, "1d" or "2d"."""
     cfg = config.base()
-    cfg.num_steps, cfg.global_batch, cfg.dtype = 1000, 16, "float32"
-    cfg.tokenizer.update(
-        layout=layout,
-        image_size=32,
-        num_latent_tokens=64,
-        features=64,
-        conv_base=16,
-        conv_multipliers=(1, 2, 4),
-        encoder_conv_blocks=1,
-        decoder_conv_blocks=1,
-        norm_groups=8,
-        codebook_size=512,
-        teacher_dim=0,
-        adaptive_scale_init=1.0,
-        kernel_gain=1.0,
-        remat="none",
-    )
-    for side in ("encoder", "decoder"):
-        cfg.tokenizer.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
-    cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, auxiliary_end=0, direct=False, entropy_weight=0.05)
-    cfg.loss.update(discriminator_start=10**9)
+    cfg.update(num_steps=1800, global_batch=8, dtype="float32")
+    cfg.tokenizer = config.small_gigatok_tokenizer(layout)
+    cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, entropy_weight=0.02)
+    # The published shortcut trick, for half of the run: it starts the convolutions.
+    cfg.loss.update(auxiliary_end=900, discriminator_start=10**9)
     cfg.groups.tokenizer.update(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=50, clip=1.0)
     cfg.data.update(source="photographs", eval_source="photographs", crop="scale", num_threads=1, prefetch=8)
     cfg.log.every = 10
-    cfg.eval.update(every=500, batch=64, num_images=128)
-    cfg.checkpoint.update(every=500)
+    cfg.eval.update(every=600, batch=64, num_images=128)
+    cfg.checkpoint.every = 600
     return cfg.lock()

@@ -59,6 +59,33 @@ def gigatok_tokenizer() -> ConfigDict:
     )
 
 
+def small_gigatok_tokenizer(layout: str) -> ConfigDict:
+    """A GigaTok section that a laptop trains: 32 px, 64 latent tokens, narrow convolutions, no distillation head."""
+    section = gigatok_tokenizer()
+    section.update(
+        layout=layout,
+        image_size=32,
+        num_latent_tokens=64,
+        features=64,
+        conv_base=16,
+        conv_multipliers=(1, 1, 2),
+        encoder_conv_blocks=1,
+        decoder_conv_blocks=1,
+        norm_groups=4,
+        codebook_size=512,
+        teacher_dim=0,
+        # A narrow network needs louder kernels and positions than the published ones, which suit widths of 512.
+        kernel_gain=1.0,
+        position_std=1.5,
+        adaptive_scale_init=1.0,
+        remat="none",
+        unroll=2,
+    )
+    for side in ("encoder", "decoder"):
+        section.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
+    return section
+
+
 def _group() -> ConfigDict:
     """One parameter group's optimiser: AdamW after clipping by the group's global norm."""
     return ConfigDict(

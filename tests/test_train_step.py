@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from gigatok_jax import config, objectives, optim, sharding, train_state
+from gigatok_jax import config, objectives, optim, sharding, train_state, train_step
 from gigatok_jax.bottlenecks import vq
+from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import Phase, TokenizerObjective
 from gigatok_jax.train_step import broken_terms, make_train_step
 from tests.tiny import tiny_run
@@ -64,21 +65,28 @@ def build(cfg, objective, groups, layout, step=1):
     return jitted, state, sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
 
 
-def gradients(objective, layout, cfg):
-    """(loss, gradients by group) of the full adversarial objective on a mesh, on the host."""
-    from gigatok_jax.nn.constrain import constraints
-
+def full_step(layout, cfg, objective, constrained=True):
+    """One adversarial step with SGD on a mesh, on the host: (loss, gradients, new state, metrics), and its program."""
     sizes, preset = layout
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    state = train_state.init(objective, adam_groups(cfg), cfg.seed, mesh, preset)
-    loss_fn = objective.loss(objective.phase(1))
+    groups = sgd_groups(cfg)
+    state = train_state.init(objective, groups, cfg.seed, mesh, preset)
+    phase = objective.phase(1)
+    loss_fn, active = objective.loss(phase), objective.active(phase)
 
-    def total(params, batch):
-        with constraints(sharding.activation_constraint(mesh)):
-            return loss_fn(params, state.state, {}, batch, jax.random.key(0), jnp.int32(1))[0]
+    def step(train, batch):
+        def total(params):
+            return loss_fn(params, train.state, {}, batch, jax.random.key(0), train.step)
+
+        with constraints(sharding.activation_constraint(mesh) if constrained else None):
+            (loss, (new, metrics)), grads = jax.value_and_grad(total, has_aux=True)(train.params)
+        return loss, grads, *train_step._apply(train, groups, active, loss, new, metrics, grads)
 
     batch = sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
-    return jax.device_get(jax.jit(jax.value_and_grad(total))(state.params, batch))
+    if not constrained:
+        batch = jax.device_put(batch, sharding.replicated(mesh))
+    compiled = jax.jit(step).lower(state, batch).compile()
+    return jax.device_get(compiled(state, batch)), compiled.as_text()
 
 
 def assert_same_leaves(got, want, rtol):
@@ -93,22 +101,37 @@ def assert_same_leaves(got, want, rtol):
 
 @pytest.fixture(scope="module")
 def one_device():
-    cfg, objective = tiny_objective()
-    return gradients(objective, ONE, cfg)
+    return full_step(ONE, *tiny_objective())[0]
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_give_the_loss_and_gradients_of_one(one_device, name):
+def test_eight_devices_take_the_step_of_one(one_device, name):
+    """Loss, gradients, parameters after SGD, averages, running statistics and metrics; the batch is really split."""
     cfg, objective = tiny_objective()
-    loss, grads = gradients(objective, MESHES[name], cfg)
-    want_loss, want = one_device
+    (loss, grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
+    want_loss, want, want_state, want_metrics = one_device
     assert set(want) == {"tokenizer", "discriminator"}
     assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
     assert_same_leaves(grads, want, rtol=1e-5)
+    assert_same_leaves((state.params, state.ema), (want_state.params, want_state.ema), rtol=1e-5)
+    assert_same_leaves(state.state["discriminator"], want_state.state["discriminator"], rtol=1e-5)
+    np.testing.assert_array_equal(state.state["last_used"], want_state.state["last_used"])
+    for term, value in want_metrics.items():
+        if term.startswith(("loss/", "codebook/", "logits/")):
+            np.testing.assert_allclose(metrics[term], value, rtol=1e-5, atol=1e-6, err_msg=term)
+    size = cfg.tokenizer.image_size
+    shards = MESHES[name][0]["data"] * MESHES[name][0]["fsdp"]
+    assert f"u8[{cfg.global_batch // shards},{size},{size},3]" in text
+    assert not full_batch_arrays(text, cfg.global_batch, size)
 
 
-def test_per_device_entropy_would_be_seen(one_device, monkeypatch):
-    """The comparison above fails when the entropy's statistics are each device's own."""
+def full_batch_arrays(text, batch, size):
+    """Arrays of the compiled program that hold the whole batch's images or feature maps."""
+    return re.findall(rf"(?:f32|u8|bf16)\[{batch},{size},{size},\d+\]", text)
+
+
+def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(one_device, monkeypatch):
+    """The comparisons above fail when entropy statistics are each device's own, or every device has the whole batch."""
     real = vq.entropy_loss
 
     def per_device(z_NZ, codebook_VZ, **kwargs):
@@ -117,27 +140,11 @@ def test_per_device_entropy_would_be_seen(one_device, monkeypatch):
 
     monkeypatch.setattr(vq, "entropy_loss", per_device)
     cfg, objective = tiny_objective()
-    loss, grads = gradients(objective, MESHES["data"], cfg)
-    want_loss, want = one_device
-    assert abs(loss - want_loss) > 1e-3
+    (loss, grads, *_), text = full_step(MESHES["data"], cfg, objective, constrained=False)
+    assert abs(loss - one_device[0]) > 1e-3
     with pytest.raises(AssertionError):
-        assert_same_leaves(grads, want, rtol=1e-5)
-
-
-def test_parameters_after_an_sgd_step_agree():
-    results = []
-    for layout in (ONE, MESHES["mixed"]):
-        cfg, objective = tiny_objective()
-        step, state, batch = build(cfg, objective, sgd_groups(cfg), layout)
-        results.append(jax.device_get(step(state, {}, batch)))
-    (one, one_metrics), (eight, eight_metrics) = results
-    for name in ("params", "ema"):
-        assert_same_leaves(getattr(eight, name), getattr(one, name), rtol=1e-5)
-    assert_same_leaves(eight.state["discriminator"], one.state["discriminator"], rtol=1e-5)
-    np.testing.assert_array_equal(eight.state["last_used"], one.state["last_used"])
-    for name, value in one_metrics.items():
-        if name.startswith(("loss/", "codebook/", "logits/")):
-            np.testing.assert_allclose(eight_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert_same_leaves(grads, one_device[1], rtol=1e-5)
+    assert full_batch_arrays(text, cfg.global_batch, cfg.tokenizer.image_size)
 
 
 def test_adam_on_fixed_gradients_agrees_with_optax_and_across_meshes():
@@ -171,24 +178,6 @@ def test_adam_on_fixed_gradients_agrees_with_optax_and_across_meshes():
     assert_same_leaves(results["one"], jax.device_get(expected), rtol=1e-6)
 
 
-def full_batch_arrays(text, batch, size):
-    """Arrays of the compiled program that hold the whole batch's images or feature maps."""
-    return re.findall(rf"(?:f32|u8|bf16)\[{batch},{size},{size},\d+\]", text)
-
-
-def test_the_compiled_program_holds_one_eighth_of_the_batch():
-    cfg, objective = tiny_objective()
-    size = cfg.tokenizer.image_size
-    step, state, batch = build(cfg, objective, adam_groups(cfg), MESHES["fsdp"])
-    text = step.lower(state, {}, batch).compile().as_text()
-    assert f"u8[1,{size},{size},3]" in text
-    assert not full_batch_arrays(text, cfg.global_batch, size)
-    # The search does find the batch where every device is given all of it.
-    whole = jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(x.sharding.mesh)), batch)
-    fn = make_train_step(objective, adam_groups(cfg), objective.phase(1), seed=0)
-    assert full_batch_arrays(jax.jit(fn).lower(state, {}, whole).compile().as_text(), cfg.global_batch, size)
-
-
 def test_discriminator_is_untouched_before_its_start():
     cfg, objective = tiny_objective(loss__discriminator_start=5)
     assert objective.phase(3) == Phase(False, False) and objective.phase(4) == Phase(False, True)
@@ -207,59 +196,65 @@ def test_discriminator_is_untouched_before_its_start():
     assert [int(count) for count in counts] == [1]  # its own count, not the global step
 
 
-class Poisoned(TokenizerObjective):
-    """Multiplies one loss term by NaN, wherever it is computed."""
-
-    __slots__ = ()
-    term = ""
-
-    def _poison(self, terms):
-        return {name: value * jnp.nan if name == self.term else value for name, value in terms.items()}
-
-    def _image_terms(self, *args):
-        return self._poison(super()._image_terms(*args))
-
-    def _code_terms(self, *args):
-        return self._poison(super()._code_terms(*args))
-
-    def _adversarial(self, *args):
-        terms, *rest = super()._adversarial(*args)
-        return self._poison(terms), *rest
-
-
 TERMS = ("l2", "direct_l2", "codebook", "commitment", "entropy", "feature", "semantic", "adversarial",
          "direct_adversarial", "discriminator", "direct_discriminator", "lecam")  # fmt: skip
 
 
+class Poisoned(TokenizerObjective):
+    """Multiplies every loss term, where it is computed, by a factor that travels in `frozen` and in the state."""
+
+    __slots__ = ()
+
+    def _image_terms(self, images, target, frozen):
+        return poison(super()._image_terms(images, target, frozen), frozen)
+
+    def _code_terms(self, losses, out, image, frozen, phase):
+        return poison(super()._code_terms(losses, out, image, frozen, phase), frozen)
+
+    def _adversarial(self, params, state, images, real, step):
+        terms, *rest = super()._adversarial(params, state, images, real, step)
+        return poison(terms, state), *rest
+
+
+def poison(terms, holder):
+    return {name: value * holder["factors"][TERMS.index(name)] for name, value in terms.items()}
+
+
 @pytest.fixture(scope="module")
 def adversarial_step():
-    """Builds the step of a phase that has every term, with one of them poisoned."""
+    """The step of a phase that has every term, its state and batch; one program for every poison."""
     cfg = tiny_run(tokenizer__teacher_dim=12, loss__semantic_weight=0.5)
-    teacher = {
-        "semantic": lambda frozen, image: jnp.ones((image.shape[0], 16, 12)) * image.mean((1, 2, 3))[:, None, None]
-    }
-    honest = objectives.build(cfg, teachers=teacher)
 
-    def make(term):
-        kind = type(f"Poisoned_{term}", (Poisoned,), {"__slots__": (), "term": term})
-        return build(cfg, kind(*honest), adam_groups(cfg), ONE)
+    def teacher(frozen, image):
+        return jnp.ones((image.shape[0], 16, 12)) * image.mean((1, 2, 3))[:, None, None]
 
-    return make
+    honest = objectives.build(cfg, teachers={"semantic": teacher})
+    groups = adam_groups(cfg)
+    _, state, batch = build(cfg, honest, groups, ONE)
+    step = jax.jit(make_train_step(Poisoned(*honest), groups, honest.phase(1), seed=0))
+
+    def run(term=None, params=None):
+        factors = np.ones(len(TERMS), np.float32)
+        if term:
+            factors[TERMS.index(term)] = np.nan
+        before = state._replace(params=params or state.params, state={**state.state, "factors": jnp.asarray(factors)})
+        after, metrics = step(before, {"semantic": None, "factors": factors}, batch)
+        return before, after, {name: float(value) for name, value in metrics.items()}
+
+    return run
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_nan_in_a_term_changes_nothing_and_is_named(adversarial_step, term):
-    step, before, batch = adversarial_step(term)
-    after, metrics = step(before, {"semantic": None}, batch)
+    before, after, metrics = adversarial_step(term)
     for part in ("params", "opt", "ema", "state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
-    assert broken_terms({name: float(value) for name, value in metrics.items()}) == [term]
+    assert broken_terms(metrics) == [term]
 
 
 def test_without_poison_the_same_step_moves_everything(adversarial_step):
-    step, before, batch = adversarial_step("none of them")
-    after, metrics = step(before, {"semantic": None}, batch)
+    before, after, metrics = adversarial_step()
     assert {f"loss/{term}" for term in TERMS} <= set(metrics)
     assert int(after.skipped) == 0
     for group in ("tokenizer", "discriminator"):
@@ -267,18 +262,19 @@ def test_without_poison_the_same_step_moves_everything(adversarial_step):
         assert np.mean(jax.tree.leaves(moved)) > 0.9
 
 
-def test_nan_in_a_gradient_alone_names_the_part():
-    cfg, objective = tiny_objective()
-    step, before, batch = build(cfg, objective, adam_groups(cfg), ONE)
-    params = before.params
-    # The square root of a zero has a finite value and an infinite slope.
-    poisoned = jax.tree.map(lambda p: p, params)
-    poisoned["tokenizer"]["decoder"]["norm_in"]["scale"] = jnp.full_like(
-        params["tokenizer"]["decoder"]["norm_in"]["scale"], 1e38
-    )
-    after, metrics = step(before._replace(params=poisoned), {}, batch)
-    assert int(after.skipped) == 1
-    assert broken_terms({name: float(value) for name, value in metrics.items()})
+def test_an_overflowing_parameter_is_skipped_and_something_is_named(adversarial_step):
+    before, _, _ = adversarial_step()
+    params = jax.tree.map(lambda p: p, before.params)
+    scale = params["tokenizer"]["decoder"]["norm_in"]["scale"]
+    params["tokenizer"]["decoder"]["norm_in"]["scale"] = jnp.full_like(scale, 1e38)
+    _, after, metrics = adversarial_step(params=params)
+    assert int(after.skipped) == 1 and broken_terms(metrics)
+
+
+def test_where_only_a_gradient_is_broken_its_part_is_named():
+    metrics = {"loss/total": 1.0, "loss/l2": 1.0, "grad_norm/tokenizer": np.nan,
+               "grad_norm/tokenizer/encoder": np.nan, "grad_norm/tokenizer/decoder": 2.0}  # fmt: skip
+    assert broken_terms(metrics) == ["gradient of tokenizer/encoder"]
 
 
 def test_frozen_paths_have_no_gradient_and_no_moments():
