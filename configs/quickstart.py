@@ -22,7 +22,9 @@ def get_config(layout: str = "1d") -> ConfigDict:
     # The published shortcut trick, for half of the run: it starts the convolutions.
     cfg.loss.update(auxiliary_end=900, discriminator_start=10**9)
     cfg.groups.tokenizer.update(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=50, clip=1.0)
-    cfg.data.update(source="photographs", eval_source="photographs", crop="scale", num_threads=1, prefetch=8)
+    cfg.data.update(
+        source="photographs", eval_source="photographs", crop="scale", permute_channels=True, num_threads=1, prefetch=8
+    )
     cfg.log.every = 10
     cfg.eval.update(every=600, batch=64, num_images=128)
     cfg.checkpoint.every = 600

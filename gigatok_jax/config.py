@@ -145,6 +145,7 @@ def base() -> ConfigDict:
                 eval_root="",
                 crop="adm",  # "adm", "scale" (random-scale crops of few large pictures), "center"
                 flip=True,
+                permute_channels=False,  # a random order of red, green, blue: more colours out of a few pictures
                 num_threads=16,
                 num_workers=0,
                 prefetch=64,

@@ -82,6 +82,7 @@ class Run:
             image_size=cfg.tokenizer.image_size,
             crop=cfg.data.crop,
             flip=cfg.data.flip,
+            permute_channels=cfg.data.permute_channels,
             rows=sharding.process_rows(self.mesh, cfg.global_batch),
             num_threads=cfg.data.num_threads,
             num_workers=cfg.data.num_workers,

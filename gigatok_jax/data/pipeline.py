@@ -87,6 +87,8 @@ class _Load:
         rng = np.random.default_rng([_AUGMENT, self.options["seed"], position])
         image = CROPS[self.options["crop"]](record.image, self.options["image_size"], rng)
         image = transforms.horizontal_flip(image, self.options["flip"] and rng.random() < 0.5)
+        if self.options["permute_channels"]:
+            image = image[..., rng.permutation(3)]
         return {"image": image, "label": record.label, "id": index, "bad": bad}
 
     def _first_good(self, position: int) -> tuple[int, Record, tuple[tuple[str, str], ...]]:
@@ -135,6 +137,7 @@ class TrainLoader:
         start_step: first step to give; a resumed run passes its step.
         crop: "adm" (shorter side near image_size), "scale" (every scale of a large picture), "center".
         flip: mirror half of the images.
+        permute_channels: put red, green and blue in a random order, so that a few pictures show many colours.
         rows: this process' (low, high) slice of the global batch; None is all of it.
         num_threads: reading threads (in each worker); 0 reads in the caller's thread.
         num_workers: processes; 0 is threads only.
@@ -161,6 +164,7 @@ class TrainLoader:
         start_step: int = 0,
         crop: str = "adm",
         flip: bool = True,
+        permute_channels: bool = False,
         rows: tuple[int, int] | None = None,
         num_threads: int = 8,
         num_workers: int = 0,
@@ -179,7 +183,8 @@ class TrainLoader:
         require(prefetch >= 1, f"prefetch must be at least 1, got {prefetch}")
         self.bad_records: dict[str, str] = {}
         self.wait_seconds = 0.0
-        options = {"global_batch": global_batch, "seed": seed, "image_size": image_size, "crop": crop, "flip": flip}
+        options = {"global_batch": global_batch, "seed": seed, "image_size": image_size, "crop": crop}
+        options |= {"flip": flip, "permute_channels": permute_channels}
         reading = {"num_threads": num_threads, "num_workers": num_workers, "prefetch": prefetch}
         load = _Load(source, rows, options)
         self._batches = iter(read_batches(load, start_step, num_steps, rows[1] - rows[0], **reading))

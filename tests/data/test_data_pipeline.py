@@ -122,6 +122,18 @@ def test_seed_and_position_move_the_crop(zoo):
     assert all(len(crops) > 3 for i, crops in seen.items() if "cmyk" not in source.name_of(i))
 
 
+def test_permuted_channels_are_the_same_planes_in_all_orders(zoo):
+    source = ImageFolder(zoo)
+    plain, permuted = (batches(source, crop="center", permute_channels=on, num_steps=20) for on in (False, True))
+    orders = set()
+    for p, q in ((p, q) for a, b in zip(plain, permuted) for p, q in zip(a["image"], b["image"])):
+        assert sorted(plane.tobytes() for plane in np.moveaxis(p, -1, 0)) == sorted(
+            plane.tobytes() for plane in np.moveaxis(q, -1, 0)
+        )
+        orders.add(tuple(next(i for i in range(3) if np.array_equal(p[..., i], q[..., j])) for j in range(3)))
+    assert len(orders) >= 6
+
+
 def test_flip_mirrors_about_half(zoo):
     source = ImageFolder(zoo)
     plain, flipped = (batches(source, crop="center", flip=flip, num_steps=20) for flip in (False, True))
