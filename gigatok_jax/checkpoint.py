@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 # schedules end there.
 RUN_ONLY_KEYS = (
     "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "profile.*", "preemption_code",
-    "data.num_threads", "data.num_workers", "data.prefetch", "data.root",
+    "data.num_threads", "data.num_workers", "data.prefetch", "data.root", "data.eval_*", "max_skipped",
 )  # fmt: skip
 
 _SHOWN = 5  # mismatching leaves named in an error; the rest are counted

@@ -148,7 +148,7 @@ def base() -> ConfigDict:
                 permute_channels=False,  # a random order of red, green, blue: more colours out of a few pictures
                 num_threads=16,
                 num_workers=0,
-                prefetch=64,
+                prefetch=4,  # batches held ready
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # −1: all devices that are left
             sharding=dict(preset="fsdp"),
@@ -188,6 +188,11 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         "dtype": ("float32", "bfloat16"),
         "schedule": ("cosine", "constant", "wsd"),
         "loss.pixel": ("l1", "l2"),
+        "loss.adversarial": ("hinge", "non_saturating"),
+        "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
+        "data.crop": ("adm", "scale", "center"),
+        "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
+        "tokenizer.attention": ("xla", "cudnn"),
         "discriminator.name": ("none", "patchgan", "dino"),
         "tokenizer.estimator": ("rotation", "straight_through"),
         "tokenizer.layout": ("1d", "2d"),

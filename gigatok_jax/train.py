@@ -5,6 +5,7 @@ status 0, or with --preemption_code. In the workdir: `checkpoints/`, `metrics.js
 `curves.png`, `report.json`.
 """
 
+import io
 import json
 import logging as stdlib_logging
 import sys
@@ -50,22 +51,26 @@ class Run:
             workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last, keep_period=cfg.checkpoint.keep_period or None
         )
         if self.checkpoints.latest_step() is None:
-            args = self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset
-            self.state = train_state.init(*args)
+            self.state = train_state.init(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         else:
-            self.state, _ = self.checkpoints.restore(
-                self.abstract, config=self.resolved, allow_config_change=allow_config_change
-            )
+            same = {"config": self.resolved, "allow_config_change": allow_config_change}
+            self.state, _ = self.checkpoints.restore(self.abstract, **same)
             logging.info("resumed from step %d", int(self.state.step))
         self.start = int(self.state.step)
         self._steps: dict[Any, Any] = {}
+        self.input_wait, self.bad_records = 0.0, {}
         self.compile_seconds = 0.0
         main = distributed.is_main()
-        self.writer = metrics.make_writer(workdir, is_main=main, resume_step=self.start if self.start else None)
+        # Without a checkpoint there is nothing to go on from: lines of an attempt that died before one are dropped.
+        self.writer = metrics.make_writer(workdir, is_main=main, resume_step=self.start if self.start else -1)
         self.progress = metrics.Progress(
-            cfg.num_steps, start_step=self.start, global_batch=cfg.global_batch, show=SHOWN
+            cfg.num_steps,
+            start_step=self.start,
+            global_batch=cfg.global_batch,
+            show=SHOWN,
+            stream=None if main else io.StringIO(),
         )
-        tokens = self.objective.tokenizer.num_latent_tokens * cfg.global_batch // cfg.accumulate
+        tokens = self.objective.tokenizer.num_latent_tokens * cfg.global_batch
         self.alarm = metrics.UsageAlarm(window_steps=-(-cfg.loss.usage_window // tokens))
         if main:
             (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
@@ -111,38 +116,50 @@ class Run:
         return self._steps[phase]
 
     def train(self, stop: StopSignal) -> bool:
-        """Runs to the last step, or to the step at which a stop was agreed; True if it was stopped."""
-        pending = None  # metrics are read one step late, so the device never waits for the host
-        if self.start == 0:
+        """Runs to the last step, or to the step at which a stop was agreed; True if it was stopped before the last."""
+        if self.start == 0 and not stop.requested:
             self.evaluate(0)
         with self.loader() as loader:
-            for step in range(self.start, self.cfg.num_steps):
-                batch = next(loader)
-                placed = sharding.place_batch(
-                    {name: batch[name] for name in ("image", "label")}, self.mesh, self.cfg.global_batch
-                )
-                self.state, values = self.step_fn(step, placed)(self.state, {}, placed)
-                if pending is not None:
-                    self.report_step(*pending)
-                pending = step, values, batch["id"]
-                stopped = stop.agreed(step)
-                # Evaluating and saving come before the next batch is asked for: what is stored is what was seen.
-                if stopped or self._due(step, self.cfg.checkpoint.every) or self._due(step, self.cfg.eval.every):
-                    self.report_step(*pending)
-                    pending = None
-                    if self._due(step, self.cfg.eval.every) and not stopped:
-                        self.evaluate(step + 1)
-                    if stopped or self._due(step, self.cfg.checkpoint.every):
-                        self.save(step + 1)
-                if stopped:
-                    break
+            self._loop(loader, stop)
             self.input_wait = loader.wait_seconds
             self.bad_records = dict(loader.bad_records)
+        finished = int(self.state.step) == self.cfg.num_steps
+        if finished and self.last_evaluation() != self.cfg.num_steps:
+            self.evaluate(self.cfg.num_steps)
         self.checkpoints.wait()
-        return stop.agreed(self.cfg.num_steps) and int(self.state.step) < self.cfg.num_steps
+        return not finished
 
-    def _due(self, step: int, every: int) -> bool:
-        return step + 1 == self.cfg.num_steps or (every > 0 and (step + 1) % every == 0)
+    def _loop(self, loader: data.TrainLoader, stop: StopSignal) -> None:
+        pending = None  # metrics are read one step late, so the device never waits for the host
+        for step in range(self.start, self.cfg.num_steps):
+            batch = next(loader)
+            placed = sharding.place_batch(
+                {name: batch[name] for name in ("image", "label")}, self.mesh, self.cfg.global_batch
+            )
+            self.state, values = self.step_fn(step, placed)(self.state, {}, placed)
+            if pending is not None:
+                self.report_step(*pending)
+            pending = step, values, batch["id"]
+            last, stopped = step + 1 == self.cfg.num_steps, stop.agreed(step)
+            evaluating = _every(step, self.cfg.eval.every) and not (stopped or last)
+            saving = stopped or last or _every(step, self.cfg.checkpoint.every)
+            # Evaluating and saving come before the next batch is asked for: what is stored is what was seen.
+            if evaluating or saving:
+                self.report_step(*pending)
+                pending = None
+            if evaluating:
+                self.evaluate(step + 1)
+            if saving:
+                self.save(step + 1)
+            if stopped:
+                return
+
+    def last_evaluation(self) -> int | None:
+        """The step of the newest evaluation that was written down."""
+        if self.evaluator is None:
+            return self.cfg.num_steps
+        series = metrics.read_metrics(self.workdir / "metrics.jsonl", ["eval/psnr"])
+        return int(series["eval/psnr"][0][-1]) if "eval/psnr" in series else None
 
     def report_step(self, step: int, values: Mapping[str, jax.Array], ids: np.ndarray) -> None:
         """Logs a finished step, and stops the run where too many updates in a row were skipped.
@@ -152,7 +169,8 @@ class Run:
         """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress.update(step + 1, scalars)
-        if step == 0 or self._due(step, self.cfg.log.every) or scalars["skipped_in_row"]:
+        last = step + 1 == self.cfg.num_steps
+        if step == 0 or last or _every(step, self.cfg.log.every) or scalars["skipped_in_row"]:
             self.writer.write_scalars(step + 1, scalars)
         if message := self.alarm.check(step + 1, scalars["codebook/usage"]):
             logging.warning("%s", message)
@@ -171,12 +189,14 @@ class Run:
             }
             path = self.workdir / f"nonfinite_{jax.process_index()}.json"
             path.write_text(json.dumps(record, indent=2) + "\n")
+            # The count starts anew for whoever goes on from here.
+            self.state = self.state._replace(skipped_in_row=self.state.skipped_in_row * 0)
             self.save(int(self.state.step))
             self.checkpoints.wait()
             raise NonFiniteRun(
                 f"{int(scalars['skipped_in_row'])} updates in a row were not finite in: {', '.join(terms)}. The state "
-                f"before them is saved; {path} has the sample ids and key of step {step}. Lower the learning rate or "
-                "the term's weight, or raise --config.max_skipped"
+                f"is saved without them; {path} has the sample ids and key of step {step}. Raise --config.max_skipped "
+                "to go on past them, or lower the learning rate or the term's weight with --allow_config_change"
             )
 
     def evaluate(self, step: int) -> None:
@@ -202,6 +222,7 @@ class Run:
         self.progress.end_line()
         self.writer.flush()
         if distributed.is_main():
+            idle = int(self.state.step) == self.start  # nothing was trained: times of the run before stay
             facts = {
                 "image_size": self.cfg.tokenizer.image_size,
                 "num_latent_tokens": self.objective.tokenizer.num_latent_tokens,
@@ -209,10 +230,10 @@ class Run:
                 "num_steps": int(self.state.step),
                 "images_per_second": self.progress.images_per_second,
                 "step_seconds": self.progress.step_seconds,
-                "compile_seconds": self.compile_seconds,
-                "input_wait_fraction": self.input_wait / max(seconds, 1e-9),
-                "seconds": seconds,
-                "bad_records": self.bad_records,
+                "compile_seconds": None if idle else self.compile_seconds,
+                "input_wait_fraction": None if idle else self.input_wait / max(seconds, 1e-9),
+                "seconds": None if idle else seconds,
+                "bad_records": {**self.bad_records, **(self.evaluator.bad_records if self.evaluator else {})},
                 "devices": jax.device_count(),
             }
             for path in write_report(self.workdir, facts):
@@ -226,13 +247,21 @@ def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, p
     with StopSignal(preemption_code=preemption_code) as stop:
         try:
             run = Run(cfg, Path(workdir), allow_config_change)
-        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        except (ValueError, OSError, ImportError) as error:
             logging.debug("while building the run", exc_info=True)
             sys.exit(f"error: {error}")
         started = time.monotonic()
-        stopped = run.train(stop)
+        try:
+            stopped = run.train(stop)
+        except NonFiniteRun as error:
+            run.finish(time.monotonic() - started)
+            sys.exit(f"error: {error}")
         run.finish(time.monotonic() - started)
         return stop.exit_status if stopped else 0
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and (step + 1) % interval == 0
 
 
 def define_flags() -> None:
@@ -259,13 +288,8 @@ def main(argv: list[str]) -> None:
         distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    status = train(
-        options.config,
-        options.workdir,
-        allow_config_change=options.allow_config_change,
-        preemption_code=options.preemption_code,
-    )
-    sys.exit(status)
+    resume = {"allow_config_change": options.allow_config_change, "preemption_code": options.preemption_code}
+    sys.exit(train(options.config, options.workdir, **resume))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from PIL import Image
 from gigatok_jax import objectives, optim, sharding, train, train_state
 from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.config import to_json
+from gigatok_jax.metrics import read_metrics
 from gigatok_jax.preemption import StopSignal
 from tests.tiny import ROOT, tiny_run
 
@@ -86,8 +87,12 @@ def test_terminated_and_resumed_to_the_bit(uninterrupted, tmp_path):
 
 @pytest.mark.multiprocess
 def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
-    worker(tmp_path / "one", "num_steps=2", "--mesh=2,4,1", devices=8)
-    worker(tmp_path / "two", "num_steps=2", "--mesh=2,4,1", devices=4, processes=2)
+    run = ("num_steps=2", 'data__eval_source="photographs"', "--mesh=2,4,1")
+    worker(tmp_path / "one", *run, devices=8)
+    worker(tmp_path / "two", *run, devices=4, processes=2)
+    scores = [read_metrics(tmp_path / name / "metrics.jsonl", ["eval/psnr"])["eval/psnr"] for name in ("one", "two")]
+    assert list(scores[0][0]) == list(scores[1][0]) == [0, 2]
+    np.testing.assert_allclose(scores[0][1], scores[1][1], rtol=1e-5)
     whole, halves = seen(tmp_path / "one"), [seen(tmp_path / "two", process) for process in (0, 1)]
     for step, (ids, losses) in whole.items():
         assert halves[0][step][0] + halves[1][step][0] == ids

@@ -41,9 +41,11 @@ def adam_groups(cfg):
 
 
 def fake_batch(cfg, seed=0):
+    # Blocks of colour under a little noise: in gradients of pure noise little but rounding would be left.
     rng = np.random.default_rng(seed)
-    size = cfg.tokenizer.image_size
-    return {"image": rng.integers(0, 256, (cfg.global_batch, size, size, 3), dtype=np.uint8)}
+    cells = cfg.tokenizer.image_size // 2
+    colours = rng.integers(20, 230, (cfg.global_batch, 2, 2, 3)).repeat(cells, 1).repeat(cells, 2)
+    return {"image": (colours + rng.integers(0, 20, colours.shape)).astype(np.uint8)}
 
 
 def build(cfg, objective, groups, layout, step=1):
@@ -99,15 +101,21 @@ def assert_same_leaves(got, want, rtol):
             assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
 
+# The published start, and a LeCam term strong enough to be the discriminator's last bias's gradient: at the start the
+# hinge terms' cancel, and what is left of them is rounding.
+QUIET = {"tokenizer__kernel_gain": 0.0, "tokenizer__position_std": 0.0, "tokenizer__adaptive_scale_init": 0.0,
+         "global_batch": 24, "loss__entropy_weight": 0.02, "loss__lecam_weight": 0.1}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def one_device():
-    return full_step(ONE, *tiny_objective())[0]
+    return full_step(ONE, *tiny_objective(**QUIET))[0]
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_take_the_step_of_one(one_device, name):
     """Loss, gradients, parameters after SGD, averages, running statistics and metrics; the batch is really split."""
-    cfg, objective = tiny_objective()
+    cfg, objective = tiny_objective(**QUIET)
     (loss, grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
     want_loss, want, want_state, want_metrics = one_device
     assert set(want) == {"tokenizer", "discriminator"}
@@ -126,12 +134,13 @@ def test_eight_devices_take_the_step_of_one(one_device, name):
 
 
 def full_batch_arrays(text, batch, size):
-    """Arrays of the compiled program that hold the whole batch's images or feature maps."""
+    """Arrays of the compiled program that hold the whole batch's images or feature maps (24: no channel count)."""
     return re.findall(rf"(?:f32|u8|bf16)\[{batch},{size},{size},\d+\]", text)
 
 
-def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(one_device, monkeypatch):
+def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(monkeypatch):
     """The comparisons above fail when entropy statistics are each device's own, or every device has the whole batch."""
+    (want_loss, want, *_), _ = full_step(ONE, *tiny_objective(global_batch=24))
     real = vq.entropy_loss
 
     def per_device(z_NZ, codebook_VZ, **kwargs):
@@ -139,11 +148,11 @@ def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(one_device, 
         return jax.vmap(lambda z: real(z, codebook_VZ, **kwargs))(parts).mean()
 
     monkeypatch.setattr(vq, "entropy_loss", per_device)
-    cfg, objective = tiny_objective()
+    cfg, objective = tiny_objective(global_batch=24)
     (loss, grads, *_), text = full_step(MESHES["data"], cfg, objective, constrained=False)
-    assert abs(loss - one_device[0]) > 1e-3
+    assert abs(loss - want_loss) > 1e-2
     with pytest.raises(AssertionError):
-        assert_same_leaves(grads, one_device[1], rtol=1e-5)
+        assert_same_leaves(grads, want, rtol=1e-2)
     assert full_batch_arrays(text, cfg.global_batch, cfg.tokenizer.image_size)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from gigatok_jax import data, sharding
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
+from gigatok_jax.nn.constrain import constraints
 
 Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -18,7 +19,7 @@ Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Arra
 class Evaluator:
     """Reconstructs the same held-out images at every call.
 
-    Photographs are cut into tiles spread over each picture at two scales; other sources are centre-cropped (ADM).
+    Photographs are cut into tiles spread over each picture and its octaves; other sources are centre-cropped (ADM).
     Every process runs it on the same images, so that every process knows the scores.
 
     Raises:
@@ -39,27 +40,40 @@ class Evaluator:
                 f"config.eval.num_images={cfg['eval']['num_images']}, but {cfg['data']['eval_root']} has "
                 f"{len(self._source)}; set --config.eval.num_images={len(self._source)}"
             )
-        self._reconstruct = jax.jit(reconstruct, out_shardings=sharding.replicated(mesh))
+        self.bad_records: dict[str, str] = {}
+
+        def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
+            with constraints(sharding.activation_constraint(mesh)):
+                return reconstruct(params, image)
+
+        self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], Image.Image]:
         """Parameters by group → (scores by name, originals over reconstructions)."""
+        count = self._settings["num_images"]
+        shown = {round(i) for i in np.linspace(0, count - 1, min(self._settings["grid"], count))}
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        seen = 0
 
         def reconstruct(images_m11: Any) -> tuple[np.ndarray, np.ndarray]:
             images = sharding.place_rows(np.asarray(images_m11), self._mesh)
             return jax.device_get(self._reconstruct(params, images))
+
+        def keep(originals: np.ndarray, reconstructions: np.ndarray) -> None:
+            nonlocal seen
+            pairs.extend(pair for i, pair in enumerate(zip(originals, reconstructions), seen) if i in shown)
+            seen += len(originals)
 
         scores = evaluate_reconstruction(
             reconstruct,
             self._batches(),
             self._codebook_size,
             batch_size=self._batch,
-            on_batch=lambda *pair: pairs.append(pair),
+            on_batch=keep,
         )
-        originals, reconstructions = (np.concatenate(side) for side in zip(*pairs))
-        shown = np.linspace(0, len(originals) - 1, min(self._settings["grid"], len(originals))).round().astype(int)
+        originals, reconstructions = (np.stack(side) for side in zip(*pairs))
         caption = f"PSNR {scores['psnr']:.2f} dB · SSIM {scores['ssim']:.3f} · usage {scores.get('usage', 0):.1%}"
-        return scores, comparison_grid(originals[shown], reconstructions[shown], caption=caption)
+        return scores, comparison_grid(originals, reconstructions, caption=caption)
 
     def _batches(self) -> Iterator[np.ndarray]:
         if self._crops is not None:
@@ -67,7 +81,12 @@ class Evaluator:
                 yield self._crops[start : start + self._batch]
             return
         batches = data.eval_batches(
-            self._source, image_size=self._size, batch=self._batch, count=self._settings["num_images"]
+            self._source,
+            image_size=self._size,
+            batch=self._batch,
+            count=self._settings["num_images"],
+            bad_records=self.bad_records,
         )
         for batch in batches:
-            yield batch["image"][batch["valid"]]
+            if batch["valid"].any():
+                yield batch["image"][batch["valid"]]

@@ -23,7 +23,11 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
         values = series[name][1] if name in series else np.zeros(0)
         return (float(values[0]), float(values[-1])) if len(values) else (None, None)
 
-    report = dict(facts)
+    path = workdir / "report.json"
+    # A run that was already finished has measured nothing this time: what it said before stays.
+    before = json.loads(path.read_text()) if path.exists() else {}
+    report = {name: before.get(name) if value is None else value for name, value in facts.items()}
+    report["bad_records"] = {**before.get("bad_records", {}), **facts["bad_records"]}
     report["psnr_first"], report["psnr_last"] = ends("eval/psnr")
     for name in ("psnr_mean_colour", "ssim", "num_images", "perplexity"):
         report[name] = ends(f"eval/{name}")[1]
@@ -32,7 +36,6 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     report["skipped_updates"] = ends("skipped")[1]
     terms = sorted(name for name in series if name.startswith("loss/"))
     report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
-    path = workdir / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     keys = [*terms, *(name for name in ("eval/psnr", "eval/ssim", "codebook/usage") if name in series)]
     curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)

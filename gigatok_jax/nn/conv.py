@@ -6,14 +6,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.nn.attention import attend
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import small_normal
 from gigatok_jax.nn.norms import AdaptiveGroupNorm, group_norm
 
 
-def conv(features: int, size: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
+class Conv(nn.Conv):
+    """A convolution whose output stays split over the batch.
+
+    Without the constraint the partitioner may gather the batch and split the channels, where kernel and batch are
+    sharded over one mesh axis.
+    """
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        return constrain(super().__call__(constrain(x_BHWC, "batch", None, None, None)), "batch", None, None, None)
+
+
+def conv(features: int, size: int, dtype: Any, name: str, **kwargs: Any) -> Conv:
     """A biased `size`×`size` convolution, "same" padding unless `padding` is given."""
-    return nn.Conv(features, (size, size), dtype=dtype, kernel_init=small_normal, name=name, **kwargs)
+    return Conv(features, (size, size), dtype=dtype, kernel_init=small_normal, name=name, **kwargs)
 
 
 def depth_to_space(x_BHWC: jax.Array, block: int = 2) -> jax.Array:
@@ -52,7 +64,7 @@ class AttentionBlock(nn.Module):
         B, H, W, C = x_BHWC.shape
         h = group_norm(self.groups, self.dtype, "norm")(x_BHWC)
         q, k, v = (conv(C, 1, self.dtype, n)(h).reshape(B, H * W, 1, C) for n in ("query", "key", "value"))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(B, H, W, C)
+        h = attend(q, k, v).reshape(B, H, W, C)
         return x_BHWC + conv(C, 1, self.dtype, "out")(h)
 
 

@@ -58,6 +58,7 @@ class TokenizerObjective(NamedTuple):
     weights: Weights
     codebook_size: int
     teachers: Mapping[str, Teacher]
+    accumulate: int = 1
     kernel_gain: float = 0.0
     position_std: float = 0.0
 
@@ -149,7 +150,7 @@ class TokenizerObjective(NamedTuple):
         self, ids_BK: jax.Array, state: Any, step: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Usage over the last `usage_window` latent tokens (whole steps), perplexity and entropy of this batch."""
-        window = -(-self.weights.usage_window // ids_BK.size)
+        window = -(-self.weights.usage_window // (ids_BK.size * self.accumulate))
         counts_V = jnp.zeros((self.codebook_size,), jnp.int32).at[ids_BK.reshape(-1)].add(1)
         last_used = jnp.where(counts_V > 0, step, state["last_used"])
         p_V = counts_V / ids_BK.size
@@ -178,7 +179,7 @@ class TokenizerObjective(NamedTuple):
                 {"params": params, "batch_stats": stats}, image, train=True, mutable=["batch_stats"]
             )
             stats = updated["batch_stats"]
-            return logits
+            return logits.astype(jnp.float32)
 
         generator_loss = adversarial.GENERATOR_LOSSES[w.adversarial]
         discriminator_loss = adversarial.DISCRIMINATOR_LOSSES[w.discriminator]

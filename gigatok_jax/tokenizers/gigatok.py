@@ -20,11 +20,12 @@ def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
       ValueError: if the image size is not a multiple of the convolutions' factor.
     """
     factor = 2 ** (len(cfg["conv_multipliers"]) - 1)
-    if cfg["image_size"] % factor or cfg["image_size"] < factor:
+    if cfg["image_size"] % factor or cfg["image_size"] < 2 * factor:
+        below = max(2, cfg["image_size"] // factor) * factor  # one cell has no spread, which the decoder's norm needs
         raise ValueError(
-            f"image_size={cfg['image_size']} is not a multiple of {factor}, the factor of "
-            f"{len(cfg['conv_multipliers'])} convolution levels; the nearest that work are "
-            f"{max(factor, cfg['image_size'] // factor * factor)} and {(cfg['image_size'] // factor + 1) * factor}"
+            f"image_size={cfg['image_size']} is not a multiple of {factor} (the factor of "
+            f"{len(cfg['conv_multipliers'])} convolution levels) from {2 * factor} on; the nearest that work are "
+            f"{below} and {below + factor}"
         )
     return (cfg["image_size"] // factor,) * 2
 

@@ -9,7 +9,7 @@ from gigatok_jax.bottlenecks.codes import Codes, Condition
 
 
 class Tokenizer(nn.Module):
-    """Fields are its parts; see DESIGN in the README for what crosses the bottleneck.
+    """Fields are its parts; `bottlenecks/codes.py` says what crosses between them.
 
     Attributes:
       grid: (h, w) of a 2-D tokenizer whose ids are a raster-order grid, None for 1-D latent tokens.
