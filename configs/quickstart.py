@@ -16,16 +16,16 @@ from gigatok_jax import config
 def get_config(layout: str = "1d") -> ConfigDict:
     """The locked config of a layout, "1d" or "2d"."""
     cfg = config.base()
-    cfg.update(num_steps=1800, global_batch=8, dtype="float32")
+    cfg.update(num_steps=2000, global_batch=8, dtype="float32")
     cfg.tokenizer = config.small_gigatok_tokenizer(layout)
     cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, entropy_weight=0.02)
     # The published shortcut trick, for half of the run: it starts the convolutions.
-    cfg.loss.update(auxiliary_end=900, discriminator_start=10**9)
+    cfg.loss.update(auxiliary_end=1000, discriminator_start=10**9)
     cfg.groups.tokenizer.update(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=50, clip=1.0)
     cfg.data.update(
         source="photographs", eval_source="photographs", crop="scale", permute_channels=True, num_threads=1, prefetch=8
     )
     cfg.log.every = 10
-    cfg.eval.update(every=600, batch=64, num_images=128)
-    cfg.checkpoint.every = 600
+    cfg.eval.update(every=500, batch=64, num_images=128)
+    cfg.checkpoint.every = 500
     return cfg.lock()
