@@ -132,6 +132,9 @@ class Run:
     def _loop(self, loader: data.TrainLoader, stop: StopSignal) -> None:
         pending = None  # metrics are read one step late, so the device never waits for the host
         for step in range(self.start, self.cfg.num_steps):
+            if stop.requested and step == self.start and jax.process_count() == 1:
+                self.save(step)  # asked while starting up: nothing is gained by compiling first
+                return
             batch = next(loader)
             placed = sharding.place_batch(
                 {name: batch[name] for name in ("image", "label")}, self.mesh, self.cfg.global_batch

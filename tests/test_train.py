@@ -101,6 +101,20 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
                 np.testing.assert_allclose(half[step][1][name], value, rtol=1e-6, err_msg=name)
 
 
+def test_a_stop_asked_for_while_starting_up_saves_and_leaves(tmp_path):
+    cfg = tiny_run(**NO_GAN)
+    with StopSignal(preemption_code=42) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        run = train.Run(cfg, tmp_path)
+        assert run.train(stop)
+        run.finish(1.0)
+        assert stop.exit_status == 42
+    with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [0]
+    assert json.loads((tmp_path / "report.json").read_text())["num_steps"] == 0
+    assert train.Run(cfg, tmp_path).start == 0
+
+
 def test_restore_onto_other_meshes(tmp_path):
     """8 → 1 → 4 devices, every leaf bit-equal."""
     cfg = tiny_run()

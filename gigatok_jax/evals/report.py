@@ -38,6 +38,8 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
     path.write_text(json.dumps(report, indent=2) + "\n")
     keys = [*terms, *(name for name in ("eval/psnr", "eval/ssim", "codebook/usage") if name in series)]
-    curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)
-    grids = sorted((workdir / "grids").glob("*.png"))
-    return [*grids[-1:], workdir / "curves.png", path]
+    pictures = sorted((workdir / "grids").glob("*.png"))[-1:]
+    if keys:  # a run that was stopped while starting up has nothing to draw
+        curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)
+        pictures.append(workdir / "curves.png")
+    return [*pictures, path]
