@@ -58,8 +58,7 @@ class Run:
             logging.info("resumed from step %d", int(self.state.step))
         self.start = int(self.state.step)
         self._steps: dict[Any, Any] = {}
-        self.input_wait, self.bad_records = 0.0, {}
-        self.compile_seconds = 0.0
+        self.input_wait, self.compile_seconds, self.bad_records = 0.0, 0.0, {}
         main = distributed.is_main()
         # Without a checkpoint there is nothing to go on from: lines of an attempt that died before one are dropped.
         self.writer = metrics.make_writer(workdir, is_main=main, resume_step=self.start if self.start else -1)
@@ -117,7 +116,9 @@ class Run:
 
     def train(self, stop: StopSignal) -> bool:
         """Runs to the last step, or to the step at which a stop was agreed; True if it was stopped before the last."""
-        if self.start == 0 and not stop.requested:
+        # A signal reaches one process: only one that is alone may leave out what all of them do together.
+        hurried = stop.requested and jax.process_count() == 1
+        if self.start == 0 and not hurried:
             self.evaluate(0)
         with self.loader() as loader:
             self._loop(loader, stop)
@@ -136,9 +137,8 @@ class Run:
                 self.save(step)  # asked while starting up: nothing is gained by compiling first
                 return
             batch = next(loader)
-            placed = sharding.place_batch(
-                {name: batch[name] for name in ("image", "label")}, self.mesh, self.cfg.global_batch
-            )
+            inputs = {name: batch[name] for name in ("image", "label")}
+            placed = sharding.place_batch(inputs, self.mesh, self.cfg.global_batch)
             self.state, values = self.step_fn(step, placed)(self.state, {}, placed)
             if pending is not None:
                 self.report_step(*pending)
@@ -161,14 +161,14 @@ class Run:
         """The step of the newest evaluation that was written down."""
         if self.evaluator is None:
             return self.cfg.num_steps
-        series = metrics.read_metrics(self.workdir / "metrics.jsonl", ["eval/psnr"])
-        return int(series["eval/psnr"][0][-1]) if "eval/psnr" in series else None
+        series = metrics.read_metrics(self.workdir / "metrics.jsonl", ["eval/psnr"]).get("eval/psnr")
+        return int(series[0][-1]) if series else None
 
     def report_step(self, step: int, values: Mapping[str, jax.Array], ids: np.ndarray) -> None:
         """Logs a finished step, and stops the run where too many updates in a row were skipped.
 
         Raises:
-          NonFiniteRun: naming the terms that broke; `nonfinite.json` holds what rebuilds the batch.
+          NonFiniteRun: naming the terms that broke; `nonfinite_<process>.json` holds what rebuilds the batch.
         """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress.update(step + 1, scalars)

@@ -86,10 +86,6 @@ class TokenizerObjective(NamedTuple):
             adversarial=self.discriminator is not None and step + 1 >= self.weights.discriminator_start,
         )
 
-    def phase_changes(self) -> tuple[int, ...]:
-        """The steps (counted from 0) at which the phase may change."""
-        return tuple(sorted({max(self.weights.auxiliary_end - 1, 0), max(self.weights.discriminator_start - 1, 0)}))
-
     def active(self, phase: Phase) -> tuple[str, ...]:
         """The groups that are trained in a phase."""
         return ("tokenizer", "discriminator") if phase.adversarial else ("tokenizer",)
