@@ -53,7 +53,8 @@ def gigatok_tokenizer() -> ConfigDict:
             distill_layer=3,  # decoder layer whose output the semantic loss reads
             teacher_dim=768,  # width of the semantic teacher (DINOv2-B); 0: no distillation head
             attention="xla",  # or "cudnn"
-            remat="full",  # or "dots", "none"
+            remat="full",  # of the ViTs' layers; or "dots", "none"
+            remat_convs=True,  # residual blocks keep their input only
             unroll=1,  # layers per scan iteration
         )
     )
@@ -79,6 +80,7 @@ def small_gigatok_tokenizer(layout: str) -> ConfigDict:
         position_std=1.5,
         adaptive_scale_init=1.0,
         remat="none",
+        remat_convs=False,
         unroll=2,
     )
     for side in ("encoder", "decoder"):

@@ -33,6 +33,7 @@ def published_nano(layout: str) -> ConfigDict:
         distill_layer=1,
         teacher_dim=48,
         remat="none",
+        remat_convs=False,
     )
     for side in ("encoder", "decoder"):
         section.update({f"{side}_width": 64, f"{side}_depth": 2, f"{side}_heads": 2})
@@ -61,6 +62,7 @@ def tiny_run(**changes: object) -> ConfigDict:
         position_std=0.5,
         adaptive_scale_init=1.0,
         remat="none",
+        remat_convs=False,
     )
     for side in ("encoder", "decoder"):
         cfg.tokenizer.update({f"{side}_width": 16, f"{side}_depth": 2, f"{side}_heads": 2})

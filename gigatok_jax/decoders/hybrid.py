@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.conv import ConvDecoder, conv
-from gigatok_jax.nn.initializers import fan_in_uniform, position_table, small_normal
+from gigatok_jax.nn.initializers import Init, fan_in_uniform, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.transformer import Stack, grid_context
 
@@ -31,29 +31,31 @@ class HybridDecoder(nn.Module):
     teacher_dim: int | None = 768
     taps: tuple[int, ...] = ()
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    position_init: Init = position_table
 
     @nn.compact
     def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         memory_BKD = self.embed_latents(latents_BKZ)
         B, (H, W) = latents_BKZ.shape[0], self.grid
-        pos = self.param("grid_pos", position_table, (H * W, self.width))
+        pos = self.param("grid_pos", self.position_init, (H * W, self.width))
         if self.num_latent_tokens is None:
             x, context = memory_BKD, grid_context(self.stack, pos)
             if self.stack.layer == "vit":
                 x = x + pos.astype(self.dtype)
         else:
-            memory_pos = self.param("memory_pos", position_table, (self.num_latent_tokens, self.width))
+            memory_pos = self.param("memory_pos", self.position_init, (self.num_latent_tokens, self.width))
             x = jnp.broadcast_to(memory_BKD[:, :1], (B, H * W, self.width))
             context = (memory_BKD, pos, memory_pos)
         semantic_taps = () if self.teacher_dim is None else (self.distill_layer,)
         x, tapped = self.stack(x, *context, taps=tuple({*self.taps, *semantic_taps}))
         out = {"decoder_memory": memory_BKD, **{f"decoder_block_{tap}": v for tap, v in tapped.items()}}
         if self.teacher_dim is not None:
-            out["semantic"] = DistillHead(self.width, self.teacher_dim, self.dtype, name="distill")(
+            out["semantic"] = DistillHead(self.width, self.teacher_dim, self.dtype, self.kernel_init, name="distill")(
                 tapped[self.distill_layer]
             )
         map_BHWD = layer_norm(self.dtype, "norm_out")(x).reshape(B, H, W, self.width)
-        map_BHWC = conv(self.features, 3, self.dtype, "project")(map_BHWD)
+        map_BHWC = conv(self.features, 3, self.dtype, "project", self.kernel_init)(map_BHWD)
         out["pre_decoder_cnn"] = map_BHWC
         return self.decode_features(map_BHWC), out
 
@@ -64,7 +66,7 @@ class HybridDecoder(nn.Module):
             latents_BKZ.astype(self.dtype)
         )
         x = layer_norm(self.dtype, "norm_in")(x)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=small_normal, name="embed")(x)
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="embed")(x)
 
     def decode_features(self, map_BHWC: jax.Array) -> jax.Array:
         """The convolutional part alone: feature map → image (the auxiliary path of GigaTok)."""
@@ -77,11 +79,12 @@ class DistillHead(nn.Module):
     width: int
     features: int
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         x = x_BND
         for index, features in enumerate((4 * self.width, 4 * self.width, self.features)):
             x = nn.swish(x) if index else x
-            x = nn.Dense(features, dtype=self.dtype, kernel_init=small_normal, name=f"layer{index}")(x)
+            x = nn.Dense(features, dtype=self.dtype, kernel_init=self.kernel_init, name=f"layer{index}")(x)
         return x

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.conv import ConvEncoder
-from gigatok_jax.nn.initializers import fan_in_uniform, position_table, small_normal
+from gigatok_jax.nn.initializers import Init, fan_in_uniform, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.pooling import multi_level_pooling
 from gigatok_jax.nn.transformer import Stack, grid_context
@@ -30,28 +30,32 @@ class HybridEncoder(nn.Module):
     num_latent_tokens: int | None
     taps: tuple[int, ...] = ()
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    position_init: Init = position_table
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         map_BHWC = self.cnn(image_BHWC)
         B, H, W, C = map_BHWC.shape
         x = layer_norm(self.dtype, "norm_in")(map_BHWC.reshape(B, H * W, C))
-        memory_BND = nn.Dense(self.width, dtype=self.dtype, kernel_init=small_normal, name="embed")(x)
-        memory_pos = self.param("memory_pos", position_table, (H * W, self.width))
+        memory_BND = nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="embed")(x)
+        memory_pos = self.param("memory_pos", self.position_init, (H * W, self.width))
         if self.num_latent_tokens is None:
             x_BKD, context = memory_BND, grid_context(self.stack, memory_pos)
             if self.stack.layer == "vit":
                 x_BKD = x_BKD + memory_pos.astype(self.dtype)
         else:
-            query_pos = self.param("query_pos", position_table, (self.num_latent_tokens, self.width))
+            query_pos = self.param("query_pos", self.position_init, (self.num_latent_tokens, self.width))
             pooling = jnp.asarray(multi_level_pooling(self.num_latent_tokens, H, W))
             pooled = jnp.einsum("kn,bnd->bkd", pooling, memory_BND, precision=jax.lax.Precision.HIGHEST)
-            x_BKD = nn.Dense(self.width, dtype=self.dtype, kernel_init=small_normal, name="query_proj")(pooled)
+            x_BKD = nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="query_proj")(pooled)
             context = (memory_BND, query_pos, memory_pos)
         queries = x_BKD
         x_BKD, tapped = self.stack(x_BKD, *context, taps=self.taps)
         features_BKD = layer_norm(self.dtype, "norm_out")(x_BKD)
-        projected = nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="project")(features_BKD)
+        projected = nn.Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="project")(
+            features_BKD
+        )
         uniform = fan_in_uniform(self.features)
         to_latents = nn.Dense(
             self.code_dim, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="to_latents"

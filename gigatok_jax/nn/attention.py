@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.nn.initializers import packed_xavier, small_normal
+from gigatok_jax.nn.initializers import Init, packed_xavier, small_normal
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -36,11 +36,15 @@ def attend(
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of queries (B, Q, D) over keys and values (B, N, D), with biased projections."""
+    """Attention of queries (B, Q, D) over keys and values (B, N, D), with biased projections.
+
+    `kernel_init` is that of the output projection; queries, keys and values start as one packed Xavier matrix.
+    """
 
     num_heads: int
     implementation: str = "xla"
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, q_BQD: jax.Array, k_BND: jax.Array, v_BND: jax.Array) -> jax.Array:
@@ -53,5 +57,5 @@ class MultiHeadAttention(nn.Module):
         x_BQGE = attend(
             heads("query", q_BQD), heads("key", k_BND), heads("value", v_BND), implementation=self.implementation
         )
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=small_normal, name="out")
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")
         return out(x_BQGE.reshape(q_BQD.shape))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.nn.attention import attend
 from gigatok_jax.nn.constrain import constrain
-from gigatok_jax.nn.initializers import small_normal
+from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import AdaptiveGroupNorm, group_norm
 
 
@@ -23,9 +23,11 @@ class Conv(nn.Conv):
         return constrain(super().__call__(constrain(x_BHWC, "batch", None, None, None)), "batch", None, None, None)
 
 
-def conv(features: int, size: int, dtype: Any, name: str, **kwargs: Any) -> Conv:
+def conv(
+    features: int, size: int, dtype: Any, name: str | None, kernel_init: Init = small_normal, **kwargs: Any
+) -> Conv:
     """A biased `size`×`size` convolution, "same" padding unless `padding` is given."""
-    return Conv(features, (size, size), dtype=dtype, kernel_init=small_normal, name=name, **kwargs)
+    return Conv(features, (size, size), dtype=dtype, kernel_init=kernel_init, name=name, **kwargs)
 
 
 def depth_to_space(x_BHWC: jax.Array, block: int = 2) -> jax.Array:
@@ -41,15 +43,16 @@ class ResnetBlock(nn.Module):
     features: int
     groups: int
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         h = nn.swish(group_norm(self.groups, self.dtype, "norm1")(x_BHWC))
-        h = conv(self.features, 3, self.dtype, "conv1")(h)
+        h = conv(self.features, 3, self.dtype, "conv1", self.kernel_init)(h)
         h = nn.swish(group_norm(self.groups, self.dtype, "norm2")(h))
-        h = conv(self.features, 3, self.dtype, "conv2")(h)
+        h = conv(self.features, 3, self.dtype, "conv2", self.kernel_init)(h)
         if x_BHWC.shape[-1] != self.features:
-            x_BHWC = conv(self.features, 1, self.dtype, "shortcut")(x_BHWC)
+            x_BHWC = conv(self.features, 1, self.dtype, "shortcut", self.kernel_init)(x_BHWC)
         return constrain(x_BHWC + h, "batch", None, None, None)
 
 
@@ -58,85 +61,98 @@ class AttentionBlock(nn.Module):
 
     groups: int
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape
         h = group_norm(self.groups, self.dtype, "norm")(x_BHWC)
-        q, k, v = (conv(C, 1, self.dtype, n)(h).reshape(B, H * W, 1, C) for n in ("query", "key", "value"))
+        names = ("query", "key", "value")
+        q, k, v = (conv(C, 1, self.dtype, n, self.kernel_init)(h).reshape(B, H * W, 1, C) for n in names)
         h = attend(q, k, v).reshape(B, H, W, C)
-        return x_BHWC + conv(C, 1, self.dtype, "out")(h)
+        return x_BHWC + conv(C, 1, self.dtype, "out", self.kernel_init)(h)
 
 
-class ConvEncoder(nn.Module):
-    """Image → feature map, spatial factor 2^(levels − 1).
+class _ConvNet(nn.Module):
+    """What the encoder and the decoder are made of.
 
-    Fields: `base` channels times `multipliers` per level, `blocks` residual blocks a level, `features` out. With
-    `attention`, a self-attention follows each block of the last level and sits between the two middle blocks.
+    Fields: `base` channels times `multipliers` per level (the first is the finest), `blocks` residual blocks a level.
+    With `attention`, a self-attention follows each block of the coarsest level and sits between the two middle blocks.
+    `remat` keeps a block's input only and computes the rest again on the way back.
     """
 
-    features: int
     base: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     groups: int = 32
     attention: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+
+    def conv(self, features: int, name: str, **kwargs: Any) -> Conv:
+        return conv(features, 3, self.dtype, name, self.kernel_init, **kwargs)
+
+    def block(self, x_BHWC: jax.Array, features: int, name: str, attention: str | None = None) -> jax.Array:
+        """A residual block, and the self-attention named `attention` after it where this net has one."""
+        resnet, attend = (nn.remat(kind) if self.remat else kind for kind in (ResnetBlock, AttentionBlock))
+        x = resnet(features, self.groups, self.dtype, self.kernel_init, name=name)(x_BHWC)
+        if attention and self.attention:
+            x = attend(self.groups, self.dtype, self.kernel_init, name=attention)(x)
+        return x
+
+    def middle(self, x_BHWC: jax.Array) -> jax.Array:
+        """Two residual blocks at the coarsest level."""
+        x = self.block(x_BHWC, x_BHWC.shape[-1], "mid0", "mid_attention")
+        return self.block(x, x_BHWC.shape[-1], "mid1")
+
+    def out(self, x_BHWC: jax.Array, features: int) -> jax.Array:
+        """GN → swish → conv."""
+        return self.conv(features, "conv_out")(nn.swish(group_norm(self.groups, self.dtype, "norm_out")(x_BHWC)))
+
+
+class ConvEncoder(_ConvNet):
+    """Image → feature map of `features` channels, spatial factor 2^(levels − 1)."""
+
+    features: int = 256
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-        x = conv(self.base, 3, self.dtype, "conv_in")(image_BHWC.astype(self.dtype))
+        x = self.conv(self.base, "conv_in")(image_BHWC.astype(self.dtype))
         last = len(self.multipliers) - 1
         for level, multiplier in enumerate(self.multipliers):
             for block in range(self.blocks):
-                name = f"level{level}_block{block}"
-                x = ResnetBlock(self.base * multiplier, self.groups, self.dtype, name=name)(x)
-                if self.attention and level == last:
-                    x = AttentionBlock(self.groups, self.dtype, name=f"level{level}_attention{block}")(x)
+                attention = f"level{level}_attention{block}" if level == last else None
+                x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)
             if level < last:
                 # Zeros on the right and bottom only, as in VQGAN.
-                down = conv(x.shape[-1], 3, self.dtype, f"level{level}_down", strides=2, padding=((0, 1), (0, 1)))
-                x = down(x)
-        x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="mid0")(x)
-        if self.attention:
-            x = AttentionBlock(self.groups, self.dtype, name="mid_attention")(x)
-        x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="mid1")(x)
-        x = nn.swish(group_norm(self.groups, self.dtype, "norm_out")(x))
-        return conv(self.features, 3, self.dtype, "conv_out")(x)
+                x = self.conv(x.shape[-1], f"level{level}_down", strides=2, padding=((0, 1), (0, 1)))(x)
+        return self.out(self.middle(x), self.features)
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(_ConvNet):
     """Feature map → image, spatial factor 2^(levels − 1); unbounded output.
 
     Each level starts with an adaptive group norm whose style is the decoder's own input, and ends (but the last) with
     a convolution to 4C and a depth-to-space.
     """
 
-    base: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 3
-    groups: int = 32
-    attention: bool = False
     scale_init: float = 0.0
     out_channels: int = 3
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, z_BHWC: jax.Array) -> jax.Array:
         z_BHWC = z_BHWC.astype(self.dtype)
-        x = conv(self.base * self.multipliers[-1], 3, self.dtype, "conv_in")(z_BHWC)
-        x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="mid0")(x)
-        if self.attention:
-            x = AttentionBlock(self.groups, self.dtype, name="mid_attention")(x)
-        x = ResnetBlock(x.shape[-1], self.groups, self.dtype, name="mid1")(x)
+        x = self.middle(self.conv(self.base * self.multipliers[-1], "conv_in")(z_BHWC))
         for level, multiplier in enumerate(reversed(self.multipliers)):
-            x = AdaptiveGroupNorm(self.groups, self.scale_init, self.dtype, name=f"level{level}_adaptive")(x, z_BHWC)
+            norm = AdaptiveGroupNorm(
+                self.groups, self.scale_init, self.dtype, self.kernel_init, name=f"level{level}_adaptive"
+            )
+            x = norm(x, z_BHWC)
             for block in range(self.blocks):
-                name = f"level{level}_block{block}"
-                x = ResnetBlock(self.base * multiplier, self.groups, self.dtype, name=name)(x)
-                if self.attention and level == 0:
-                    x = AttentionBlock(self.groups, self.dtype, name=f"level{level}_attention{block}")(x)
+                attention = f"level{level}_attention{block}" if level == 0 else None
+                x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)
             if level < len(self.multipliers) - 1:
-                x = depth_to_space(conv(4 * x.shape[-1], 3, self.dtype, f"level{level}_up")(x))
-        x = nn.swish(group_norm(self.groups, self.dtype, "norm_out")(x))
-        return conv(self.out_channels, 3, self.dtype, "conv_out")(x)
+                x = depth_to_space(self.conv(4 * x.shape[-1], f"level{level}_up")(x))
+        return self.out(x, self.out_channels)

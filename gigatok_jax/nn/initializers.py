@@ -1,7 +1,5 @@
 """Initialisers of the published models that flax does not name."""
 
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,22 +32,14 @@ def position_table(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.floa
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
-def rescaled(params: Any, kernel_gain: float, position_std: float) -> Any:
-    """Fresh parameters with other scales than the published N(0, 0.02²) kernels and N(0, 1/D) position tables.
+def kernels(gain: float) -> Init:
+    """N(0, gain²/fan-in), or the published N(0, 0.02²) for a gain of 0.
 
-    `kernel_gain` g > 0: kernels get a standard deviation of g / sqrt(fan-in); `position_std` > 0: tables get it. The
-    published scales suit widths of 512 and more; narrow networks start nearly silent, and blind to position. Kernels
-    with an initialiser of their own (packed q, k, v and the projections next to the codes) keep it.
+    0.02 suits widths of 512 and more; a narrow network starts nearly silent with it.
     """
+    return nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else small_normal
 
-    def rescale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("_pos") and position_std:
-            return leaf * (position_std * math.sqrt(leaf.shape[-1]))
-        own = re.search(r"(query|key|value|to_latents|from_latents)/kernel$", name)
-        if not name.endswith("/kernel") or own or not kernel_gain:
-            return leaf
-        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]
-        return leaf * (kernel_gain / math.sqrt(fan_in) / 0.02)
 
-    return jax.tree_util.tree_map_with_path(rescale, params)
+def positions(std: float) -> Init:
+    """N(0, std²) for a table of positions, or the published N(0, 1/D) for 0."""
+    return nn.initializers.normal(std) if std else position_table

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.nn.initializers import small_normal
+from gigatok_jax.nn.initializers import Init, small_normal
 
 
 def layer_norm(dtype: Any, name: str | None = None, epsilon: float = 1e-5) -> nn.LayerNorm:
@@ -30,6 +30,7 @@ class AdaptiveGroupNorm(nn.Module):
     groups: int
     scale_init: float = 0.0
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, style_BHWC: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ class AdaptiveGroupNorm(nn.Module):
         style = style_BHWC.astype(jnp.float32)
         mean_BC = style.mean((1, 2))
         variance_BC = jnp.var(style, axis=(1, 2), ddof=1)
-        dense = dict(features=channels, dtype=self.dtype, kernel_init=small_normal)
+        dense = dict(features=channels, dtype=self.dtype, kernel_init=self.kernel_init)
         start = nn.initializers.constant(self.scale_init)
         scale_BC = nn.Dense(**dense, bias_init=start, name="scale")(jnp.sqrt(variance_BC + 1e-6))
         bias_BC = nn.Dense(**dense, name="bias")(mean_BC)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.nn.attention import MultiHeadAttention
 from gigatok_jax.nn.constrain import constrain
-from gigatok_jax.nn.initializers import small_normal
+from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import layer_norm
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -24,12 +24,13 @@ class Mlp(nn.Module):
 
     ratio: float = 4.0
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         width = x_BND.shape[-1]
-        x_BNF = nn.Dense(int(width * self.ratio), dtype=self.dtype, kernel_init=small_normal, name="in")(x_BND)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=small_normal, name="out")(
+        x_BNF = nn.Dense(int(width * self.ratio), dtype=self.dtype, kernel_init=self.kernel_init, name="in")(x_BND)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")(
             nn.gelu(x_BNF, approximate=False)
         )
 
@@ -40,12 +41,16 @@ class ViTLayer(nn.Module):
     num_heads: int
     attention: str = "xla"
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
+        attention = self.num_heads, self.attention, self.dtype, self.kernel_init
         a = layer_norm(self.dtype, "norm_self")(x_BND)
-        x_BND = x_BND + MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="self_attention")(a, a, a)
-        return x_BND + Mlp(dtype=self.dtype, name="mlp")(layer_norm(self.dtype, "norm_mlp")(x_BND))
+        x_BND = x_BND + MultiHeadAttention(*attention, name="self_attention")(a, a, a)
+        return x_BND + Mlp(dtype=self.dtype, kernel_init=self.kernel_init, name="mlp")(
+            layer_norm(self.dtype, "norm_mlp")(x_BND)
+        )
 
 
 class QFormerLayer(nn.Module):
@@ -58,6 +63,7 @@ class QFormerLayer(nn.Module):
     num_heads: int
     attention: str = "xla"
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(
@@ -69,13 +75,16 @@ class QFormerLayer(nn.Module):
     ) -> jax.Array:
         memory_BND = x_BQD if memory_BND is None else memory_BND
         query_pos_QD, memory_pos_ND = query_pos_QD.astype(self.dtype), memory_pos_ND.astype(self.dtype)
+        attention = self.num_heads, self.attention, self.dtype, self.kernel_init
         a = layer_norm(self.dtype, "norm_self")(x_BQD)
         q = a + query_pos_QD
-        x_BQD = x_BQD + MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="self_attention")(q, q, a)
+        x_BQD = x_BQD + MultiHeadAttention(*attention, name="self_attention")(q, q, a)
         q = layer_norm(self.dtype, "norm_cross")(x_BQD) + query_pos_QD
-        cross = MultiHeadAttention(self.num_heads, self.attention, self.dtype, name="cross_attention")
+        cross = MultiHeadAttention(*attention, name="cross_attention")
         x_BQD = x_BQD + cross(q, memory_BND + memory_pos_ND, memory_BND)
-        return x_BQD + Mlp(dtype=self.dtype, name="mlp")(layer_norm(self.dtype, "norm_mlp")(x_BQD))
+        return x_BQD + Mlp(dtype=self.dtype, kernel_init=self.kernel_init, name="mlp")(
+            layer_norm(self.dtype, "norm_mlp")(x_BQD)
+        )
 
 
 LAYERS: dict[str, type[nn.Module]] = {"vit": ViTLayer, "qformer": QFormerLayer}
@@ -95,6 +104,7 @@ class Stack(nn.Module):
     remat: str = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(
@@ -111,7 +121,7 @@ class Stack(nn.Module):
             raise ValueError(
                 f"layer {self.layer!r} not in {list(LAYERS)} or remat {self.remat!r} not in {list(REMAT_POLICIES)}"
             )
-        layer = LAYERS[self.layer](self.num_heads, self.attention, self.dtype, parent=None)
+        layer = LAYERS[self.layer](self.num_heads, self.attention, self.dtype, self.kernel_init, parent=None)
 
         def init(key: jax.Array) -> Any:
             keys = jax.random.split(key, self.depth)

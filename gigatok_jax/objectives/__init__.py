@@ -40,8 +40,6 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> 
         codebook_size=cfg["tokenizer"]["codebook_size"],
         teachers=teachers,
         accumulate=cfg["accumulate"],
-        kernel_gain=cfg["tokenizer"]["kernel_gain"],
-        position_std=cfg["tokenizer"]["position_std"],
     )
 
 

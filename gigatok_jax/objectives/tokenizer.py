@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
-from gigatok_jax.nn.initializers import rescaled
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 Teacher = Callable[[Any, jax.Array], jax.Array]  # (frozen parameters, images in [−1, 1]) → features or distances
@@ -59,16 +58,13 @@ class TokenizerObjective(NamedTuple):
     codebook_size: int
     teachers: Mapping[str, Teacher]
     accumulate: int = 1
-    kernel_gain: float = 0.0
-    position_std: float = 0.0
 
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
         size = self.tokenizer.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
-        fresh = self.tokenizer.init(tokenizer_key, image)["params"]
-        params = {"tokenizer": rescaled(fresh, self.kernel_gain, self.position_std)}
+        params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
         state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)

@@ -9,6 +9,7 @@ from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.hybrid import HybridDecoder
 from gigatok_jax.encoders.hybrid import HybridEncoder
 from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
+from gigatok_jax.nn.initializers import kernels, positions
 from gigatok_jax.nn.transformer import Stack
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
@@ -55,7 +56,9 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
         multipliers=tuple(cfg["conv_multipliers"]),
         groups=cfg["norm_groups"],
         attention=cfg["conv_attention"],
+        remat=cfg["remat_convs"],
         dtype=dtype,
+        kernel_init=kernels(cfg["kernel_gain"]),
     )
     latent_tokens = cfg["num_latent_tokens"] if one_d else None
     layer = "qformer" if one_d else cfg["layer_2d"]
@@ -64,8 +67,17 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
         width, depth, heads = (cfg[f"{side}_{field}"] for field in ("width", "depth", "heads"))
         if width % heads:
             raise ValueError(f"tokenizer.{side}_width={width} does not divide into {heads} heads")
-        stack = Stack(layer, depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype)
-        return dict(stack=stack, width=width, features=cfg["features"], num_latent_tokens=latent_tokens, dtype=dtype)
+        return dict(
+            stack=Stack(
+                layer, depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype, convs["kernel_init"]
+            ),
+            width=width,
+            features=cfg["features"],
+            num_latent_tokens=latent_tokens,
+            dtype=dtype,
+            kernel_init=convs["kernel_init"],
+            position_init=positions(cfg["position_std"]),
+        )
 
     return Tokenizer(
         encoder=HybridEncoder(
