@@ -35,6 +35,10 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[:, :, 0, 0].T
     if kind == "table":  # (positions, 1, D) → (positions, D)
         return array[:, 0]
+    if kind == "conv1d":  # (out, in, size) → (size, in, out)
+        return array.transpose(2, 1, 0)
+    if kind == "head":  # (1, in, 1, 1) → (in,)
+        return array[0, :, 0, 0]
     return array
 
 
@@ -48,6 +52,10 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array.T[:, :, None, None]
     if kind == "table":
         return array[:, None]
+    if kind == "conv1d":
+        return array.transpose(2, 1, 0)
+    if kind == "head":
+        return array[None, :, None, None]
     return array
 
 

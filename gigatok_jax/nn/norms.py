@@ -46,3 +46,35 @@ class AdaptiveGroupNorm(nn.Module):
             self.groups, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=self.dtype
         )(x_BHWC)
         return scale_BC[:, None, None] * normed + bias_BC[:, None, None]
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch norm over groups of `group` neighbouring images and their tokens, alike in training and evaluation.
+
+    Groups are rows [0, B/G), [B/G, 2B/G), … of the global batch with G = ⌈B / group⌉, so that the statistics depend on
+    the order of the global batch and not on the devices it lies on; no running estimates (StyleGAN-T, arXiv
+    2301.09515; biased variance, float32).
+    """
+
+    group: int = 8
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BNC: jax.Array) -> jax.Array:
+        """(B, N, C) → the same in `dtype`.
+
+        Raises:
+          ValueError: for a batch that does not split into ⌈B / group⌉ equal groups.
+        """
+        B, N, C = x_BNC.shape
+        groups = -(-B // self.group)
+        if B % groups:
+            raise ValueError(f"a batch of {B} does not split into {groups} groups of at most {self.group} images")
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+        x = x_BNC.astype(jnp.float32).reshape(groups, B // groups, N, C)
+        mean = x.mean((1, 2), keepdims=True)
+        variance = jnp.square(x - mean).mean((1, 2), keepdims=True)
+        y = ((x - mean) / jnp.sqrt(variance + self.epsilon)).reshape(B, N, C)
+        return (y * scale + bias).astype(self.dtype)

@@ -1,5 +1,6 @@
 """Pre-norm transformer layers and the scanned stack of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +21,19 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 
 class Mlp(nn.Module):
-    """Linear → exact GELU → Linear, hidden width `ratio` · D."""
+    """Linear → GELU (exact, or its tanh approximation) → Linear, hidden width `ratio` · D."""
 
     ratio: float = 4.0
     dtype: Any = jnp.float32
     kernel_init: Init = small_normal
+    tanh: bool = False
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         width = x_BND.shape[-1]
         x_BNF = nn.Dense(int(width * self.ratio), dtype=self.dtype, kernel_init=self.kernel_init, name="in")(x_BND)
         return nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")(
-            nn.gelu(x_BNF, approximate=False)
+            nn.gelu(x_BNF, approximate=self.tanh)
         )
 
 
@@ -87,7 +89,41 @@ class QFormerLayer(nn.Module):
         )
 
 
-LAYERS: dict[str, type[nn.Module]] = {"vit": ViTLayer, "qformer": QFormerLayer}
+class DinoLayer(nn.Module):
+    """x += γ·Attention(LN x); x += γ·MLP(LN x), LN eps 1e-6: DINOv2's layer.
+
+    γ is a learned scale per channel (LayerScale), absent without `layer_scale`; `tanh` is the MLP's GELU.
+    """
+
+    num_heads: int
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    layer_scale: bool = True
+    tanh: bool = False
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        def scaled(name: str, y_BND: jax.Array) -> jax.Array:
+            if not self.layer_scale:
+                return y_BND
+            return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:]).astype(self.dtype)
+
+        attention = MultiHeadAttention(
+            self.num_heads, self.attention, self.dtype, self.kernel_init, name="self_attention"
+        )
+        a = layer_norm(self.dtype, "norm_self", 1e-6)(x_BND)
+        x_BND = x_BND + scaled("scale_self", attention(a, a, a))
+        mlp = Mlp(dtype=self.dtype, kernel_init=self.kernel_init, tanh=self.tanh, name="mlp")
+        return x_BND + scaled("scale_mlp", mlp(layer_norm(self.dtype, "norm_mlp", 1e-6)(x_BND)))
+
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "vit": ViTLayer,
+    "qformer": QFormerLayer,
+    "dinov2": DinoLayer,
+    "dino": functools.partial(DinoLayer, layer_scale=False, tanh=True),  # as GigaTok's discriminator runs DINO v1
+}
 
 
 class Stack(nn.Module):

