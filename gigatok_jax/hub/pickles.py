@@ -73,7 +73,9 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
       ValueError: for a pickle that calls anything but tensor constructors, or that is no flat dict of tensors.
     """
     with open(path, "rb") as file:
-        tree = _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file, Path(path).stat().st_size)
+        zipped = zipfile.is_zipfile(file)
+        file.seek(0)
+        tree = _read_zip(file) if zipped else _read_legacy(file, Path(path).stat().st_size)
     if not isinstance(tree, Mapping) or not all(isinstance(value, np.ndarray) for value in tree.values()):
         raise ValueError(f"{path} is no flat dict of tensors")
     return {str(key): np.ascontiguousarray(value) for key, value in tree.items()}
@@ -135,7 +137,7 @@ def _read_legacy(file: BinaryIO, file_size: int) -> Any:
 
     try:
         magic = load()
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, EOFError):
         magic = None
     if magic != _LEGACY_MAGIC:
         raise ValueError("this is no file of torch.save")
