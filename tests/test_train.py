@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigatok_jax import objectives, optim, sharding, train, train_state
+from gigatok_jax import objectives, optim, run, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.config import to_json
 from gigatok_jax.metrics import read_metrics
@@ -105,14 +105,14 @@ def test_a_stop_asked_for_while_starting_up_saves_and_leaves(tmp_path):
     cfg = tiny_run(**NO_GAN)
     with StopSignal(preemption_code=42) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        run = train.Run(cfg, tmp_path)
-        assert run.train(stop)
-        run.finish(1.0)
+        one = run.Run(cfg, tmp_path)
+        assert one.train(stop)
+        one.finish(1.0)
         assert stop.exit_status == 42
     with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.all_steps() == [0]
     assert json.loads((tmp_path / "report.json").read_text())["num_steps"] == 0
-    assert train.Run(cfg, tmp_path).start == 0
+    assert run.Run(cfg, tmp_path).start == 0
 
 
 def test_restore_onto_other_meshes(tmp_path):
@@ -156,6 +156,21 @@ def test_what_a_run_leaves(uninterrupted):
     assert list(uninterrupted.glob("events*"))
 
 
+@pytest.mark.parametrize("moment, step", [("compile", 4), ("evaluate", 4), ("save", 5)])
+def test_terminated_in_the_middle_of_something(uninterrupted, tmp_path, moment, step):
+    """Compiling the next phase and evaluating are given up; a save under way is finished, and the next one made."""
+    evaluation = ("eval__every=4", 'data__eval_source="photographs"') if moment == "evaluate" else ()
+    stopped = worker(tmp_path, *PHASED, *evaluation, "--kill=15", f"--during={moment}", "--code=42", check=False)
+    assert stopped.returncode == 42, stopped.stderr[-3000:]
+    assert not (tmp_path / "waited").exists()
+    with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == step
+    worker(tmp_path, *PHASED, *evaluation)
+    assert_same_run(tmp_path, uninterrupted)
+    if evaluation:
+        assert read_metrics(tmp_path / "metrics.jsonl", ["eval/psnr"])["eval/psnr"][0].tolist() == [0, 4, 8]
+
+
 def test_a_folder_with_broken_images_trains_through(tmp_path):
     """Each broken file is replaced, counted and named; each convertible one is used."""
     root = tmp_path / "images"
@@ -180,9 +195,9 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
     cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, **NO_GAN)
     cfg.mesh.update(data=1, fsdp=8)
     with StopSignal() as stop:
-        run = train.Run(cfg, tmp_path / "run")
-        run.train(stop)
-        run.finish(1.0)
+        one = run.Run(cfg, tmp_path / "run")
+        one.train(stop)
+        one.finish(1.0)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["bad_records"]) == {*broken, "class1/one.png"}
     assert report["num_steps"] == 5
@@ -201,9 +216,9 @@ def huge_png_header(side):
 
 def test_too_many_broken_updates_stop_the_run_and_say_how_to_rebuild_the_batch(tmp_path):
     cfg = tiny_run(num_steps=8, loss__commitment_weight=float("inf"), **NO_GAN)
-    with StopSignal() as stop, pytest.raises(train.NonFiniteRun, match=r"3 updates in a row.*commitment"):
-        run = train.Run(cfg, tmp_path)
-        run.train(stop)
+    with StopSignal() as stop, pytest.raises(run.NonFiniteRun, match=r"3 updates in a row.*commitment"):
+        one = run.Run(cfg, tmp_path)
+        one.train(stop)
     record = json.loads((tmp_path / "nonfinite_0.json").read_text())
     assert record["terms"] == ["commitment"] and record["step"] == 2
     rebuilt = next(iter(loader_at(cfg, record["step"])))
