@@ -20,6 +20,7 @@ from gigatok_jax.evals.report import write_report
 from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import broken_terms, compile_step
 
+MOSTLY_SHARDED = 0.05  # of the state's bytes may be whole on every device without a word
 SHOWN = ("loss/total", "loss/l2", "codebook/usage")
 
 
@@ -44,6 +45,13 @@ class Run:
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
         self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        share, whole = sharding.whole_leaves(self.abstract)
+        if cfg.sharding.preset != "replicated" and self.mesh.shape["fsdp"] > 1 and share > MOSTLY_SHARDED:
+            logging.warning(
+                "every device holds %.0f %% of the state whole, above all %s: no dimension of theirs divides by "
+                "config.mesh.fsdp=%d. A smaller fsdp with more data shards them",
+                *(100 * share, ", ".join(whole[:3]), self.mesh.shape["fsdp"]),
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(
             workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last, keep_period=cfg.checkpoint.keep_period or None
