@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from gigatok_jax import config, data, distributed, metrics, objectives, optim, sharding, train_state
-from gigatok_jax.checkpoint import Checkpointer
+from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.evals.evaluator import Evaluator
 from gigatok_jax.evals.report import write_report
 from gigatok_jax.preemption import Stopped, StopSignal
@@ -41,8 +41,9 @@ class Run:
         self.resolved = config.to_json(cfg)
         self.mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
         self.objective = objectives.build(cfg)
-        self.groups = {n: optim.make_group(g, cfg.schedule, cfg.num_steps) for n, g in cfg.groups.items()}
+        self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
+        self.fingerprint = data.fingerprint(self.source)
         self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         share, whole = sharding.whole_leaves(self.abstract)
@@ -60,7 +61,9 @@ class Run:
             self.state = train_state.init(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         else:
             same = {"config": self.resolved, "allow_config_change": allow_config_change}
-            self.state, _ = self.checkpoints.restore(self.abstract, **same)
+            self.state, extra = self.checkpoints.restore(self.abstract, **same)
+            if extra["data"] != self.fingerprint and not allow_config_change:
+                raise CheckpointMismatch(_other_data(extra["data"], self.fingerprint, cfg.data.root))
             logging.info("resumed from step %d", int(self.state.step))
         self.start = int(self.state.step)
         self._steps: dict[Any, Any] = {}
@@ -237,7 +240,7 @@ class Run:
     def save(self, step: int) -> None:
         """Starts writing a checkpoint."""
         with self.progress.pause():
-            self.checkpoints.save(step, self.state, config=self.resolved, extra={"seed": self.cfg.seed})
+            self.checkpoints.save(step, self.state, config=self.resolved, extra={"data": self.fingerprint})
 
     def finish(self, seconds: float) -> None:
         """Writes the curves and `report.json`, and says where they are."""
@@ -262,6 +265,15 @@ class Run:
                 print(path)
         self.writer.close()
         self.checkpoints.close()
+
+
+def _other_data(saved: Mapping[str, Any], now: Mapping[str, Any], root: str) -> str:
+    return (
+        f"the checkpoint was trained on {saved['records']} images (names {saved['names'][:8]}…), "
+        f"config.data.root={root!r} has {now['records']} (names {now['names'][:8]}…): the order of samples would be "
+        "another. Point config.data.root to the same images, use another --workdir, or --allow_config_change to go on "
+        "all the same"
+    )
 
 
 def _every(step: int, interval: int) -> bool:

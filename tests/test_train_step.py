@@ -37,7 +37,7 @@ def sgd_groups(cfg, rate=0.1):
 
 
 def adam_groups(cfg):
-    return {name: optim.make_group(group, cfg.schedule, cfg.num_steps) for name, group in cfg.groups.items()}
+    return optim.make_groups(cfg)
 
 
 def fake_batch(cfg, seed=0):
@@ -382,3 +382,9 @@ def test_mesh_and_batch_errors():
     cfg.global_batch = 12
     with pytest.raises(ValueError, match="does not divide over data x fsdp = 8"):
         config.check_mesh(cfg, 8)
+
+
+def test_wsd_decays_to_its_end_rate():
+    rate = optim.schedule("wsd", peak=1.0, end=0.1, warmup=0, num_steps=100, decay_fraction=0.5)
+    assert float(rate(49)) == 1.0 and float(rate(100)) == pytest.approx(0.1)
+    assert float(rate(62.5)) == pytest.approx(0.55)
