@@ -58,7 +58,7 @@ def build(cfg: ConfigDict) -> Setup:
     plain.tokenizer.attention = "xla"
     mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
     objective = objectives.build(cfg)
-    groups = {name: optim.make_group(group, cfg.schedule, cfg.num_steps) for name, group in cfg.groups.items()}
+    groups = optim.make_groups(cfg)
     abstract = train_state.abstract(objective, groups, cfg.seed, mesh, cfg.sharding.preset)
     return Setup(cfg, objective, objectives.build(plain), groups, mesh, abstract)
 

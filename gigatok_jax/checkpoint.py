@@ -2,7 +2,7 @@
 
     <directory>/<step>/state/…             one entry per leaf, each device writes and reads its own part
     <directory>/<step>/config/config.json  the resolved config, to be read by people too
-    <directory>/<step>/extra/extra.json    seed, sample position, ...
+    <directory>/<step>/extra/extra.json    what the data were
 
 Orbax is named in this module and nowhere else. The state goes in as a flat `{"params.encoder.w": array}`, so
 the stored tree depends on leaf names alone, not on which container class held them.
@@ -23,6 +23,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 RUN_ONLY_KEYS = (
     "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "profile.*", "preemption_code",
     "data.num_threads", "data.num_workers", "data.prefetch", "data.root", "data.eval_*", "max_skipped",
+    # How it is computed; another choice may round differently, as another mesh does.
+    "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat", "tokenizer.remat_convs", "tokenizer.unroll",
 )  # fmt: skip
 
 _SHOWN = 5  # mismatching leaves named in an error; the rest are counted

@@ -140,6 +140,7 @@ def base() -> ConfigDict:
             ),
             groups=dict(tokenizer=_group(), discriminator=_group()),
             schedule="cosine",  # or "constant", "wsd"
+            decay_fraction=0.2,  # of the steps, at the end of "wsd"
             data=dict(
                 source="folder",
                 root="",

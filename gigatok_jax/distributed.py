@@ -14,6 +14,7 @@ import socket
 import time
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"
@@ -77,10 +78,9 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here; returns at once where there is one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def from_main(value: bool) -> bool:
+    """Process 0's value, in all of them: for what depends on a file that only it writes."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
 
 
 def _gather(coordinator, num_processes, process_id) -> tuple[str, int | None, int | None] | None:

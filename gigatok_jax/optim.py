@@ -13,13 +13,11 @@ from gigatok_jax.sharding import path_name
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def schedule(
-    kind: str, *, peak: float, end: float, warmup: int, num_steps: int, decay_fraction: float = 0.2
-) -> Schedule:
+def schedule(kind: str, *, peak: float, end: float, warmup: int, num_steps: int, decay_fraction: float) -> Schedule:
     """Learning rate of update `step` (counted from 0): warm-up from peak/100, then
 
     "cosine": half a cosine from peak to `end` at `num_steps` (the published `cosine_v2`); "constant"; "wsd": constant,
-    then peak·(1 − sqrt) over the last `decay_fraction` of the steps.
+    then by 1 − sqrt to `end` over the last `decay_fraction` of the steps (published with an end of 0).
 
     Raises:
       ValueError: for another kind.
@@ -34,7 +32,7 @@ def schedule(
             progress = jnp.clip((s - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
             after = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * progress))
         elif kind == "wsd":
-            after = peak * (1 - jnp.sqrt(jnp.clip((s - hold) / max(num_steps - hold, 1), 0.0, 1.0)))
+            after = end + (peak - end) * (1 - jnp.sqrt(jnp.clip((s - hold) / max(num_steps - hold, 1), 0.0, 1.0)))
         else:
             after = jnp.full_like(s, peak)
         ratio = s / max(warmup, 1)
@@ -59,23 +57,29 @@ class Group(NamedTuple):
         )
 
 
-def make_group(cfg: Mapping[str, Any], kind: str, num_steps: int) -> Group:
-    """A group from its config section. Leaves outside `trainable` have no moments.
+def make_groups(cfg: Mapping[str, Any]) -> dict[str, Group]:
+    """Every group of a config."""
+    return {name: make_group(section, cfg) for name, section in cfg["groups"].items()}
+
+
+def make_group(section: Mapping[str, Any], cfg: Mapping[str, Any]) -> Group:
+    """A group from its section of a config. Leaves outside `trainable` have no moments.
 
     The first update already follows the warm-up; the published loop takes it at the peak rate (a quirk not kept).
     """
     transform = optax.chain(
-        optax.scale_by_adam(cfg["b1"], cfg["b2"], cfg["eps"], mu_dtype=jnp.float32),
-        optax.add_decayed_weights(cfg["weight_decay"]),
+        optax.scale_by_adam(section["b1"], section["b2"], section["eps"], mu_dtype=jnp.float32),
+        optax.add_decayed_weights(section["weight_decay"]),
     )
     rate = schedule(
-        kind,
-        peak=cfg["learning_rate"],
-        end=cfg["end_learning_rate"],
-        warmup=cfg["warmup_steps"],
-        num_steps=num_steps,
+        cfg["schedule"],
+        peak=section["learning_rate"],
+        end=section["end_learning_rate"],
+        warmup=section["warmup_steps"],
+        num_steps=cfg["num_steps"],
+        decay_fraction=cfg["decay_fraction"],
     )
-    return Group(transform, rate, cfg["clip"], cfg["ema"], cfg["trainable"])
+    return Group(transform, rate, section["clip"], section["ema"], section["trainable"])
 
 
 def _masked(group: Group, params: Any) -> optax.GradientTransformation:

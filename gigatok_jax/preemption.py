@@ -9,16 +9,27 @@
     sys.exit(stop.exit_status)
 
 The handler does nothing but set the flag, so a signal is safe at any moment: while a step is dispatched, during an
-evaluation, in the middle of a save. Python runs handlers in the main thread between two bytecodes: inside one long
-C++ call (a compilation, above all) the flag is set when that call returns, so allow for the longest compilation in
-the grace period asked of the scheduler.
+evaluation, in the middle of a save. Python runs handlers in the main thread between two bytecodes, so one long C++
+call (a compilation, above all) would hold the flag back: `during` runs such work beside the main thread. Several
+processes have to stay together, so there the work is finished first: allow for the longest compilation in the grace
+period asked of the scheduler.
 """
 
 import functools
+import os
+import queue
 import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+
+
+class Stopped(Exception):
+    """A stop was asked for while something ran that need not be finished first."""
 
 
 class StopSignal:
@@ -46,6 +57,7 @@ class StopSignal:
         self._stopping = False  # all processes know
         self._vote = None  # the comparison under way, a replicated scalar
         self._before = {}
+        self._left_behind = False  # work goes on in a thread that nobody waits for
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,6 +82,45 @@ class StopSignal:
                 self._stopping = bool(np.asarray(self._vote.addressable_data(0)))
             self._vote = _any_process(self.requested)
         return self._stopping
+
+    def during(self, work: Callable[[], Any]) -> Any:
+        """`work()`, given up where this process is alone and is asked to stop; then call
+        `end_process_if_left_behind`.
+
+        Raises:
+          Stopped: it was; `work` goes on in a thread whose result nobody reads, so it must change nothing.
+        """
+        if jax.process_count() > 1:
+            return work()
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+        def run():
+            try:
+                outcome.put((work(), None))
+            except BaseException as error:
+                outcome.put((None, error))
+
+        if self.requested:
+            raise Stopped
+        threading.Thread(target=run, daemon=True).start()
+        while True:
+            try:
+                result, error = outcome.get(timeout=0.1)
+            except queue.Empty:
+                if self.requested:
+                    self._left_behind = True
+                    raise Stopped from None
+                continue
+            if error is not None:
+                raise error
+            return result
+
+    def end_process_if_left_behind(self, status: int) -> None:
+        """Ends the process where `during` gave work up: a compiler still running would break Python's own way out."""
+        if self._left_behind:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
     @property
     def exit_status(self) -> int:

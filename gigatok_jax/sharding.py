@@ -1,9 +1,9 @@
 """Meshes, and the table that says how every leaf of the training state lies on one.
 
 A leaf's path is matched against `RULES`, which name the logical axes of its trailing dimensions (leading ones, such as
-the layer axis of a scanned stack, stay whole); a preset maps logical axes to mesh axes. A dimension that its mesh axes
-do not divide stays whole. Optimiser moments and averages have their parameter's path as a suffix, so the same table
-places them.
+the layer axis of a scanned stack, stay whole); a preset maps logical axes to mesh axes. Where a mesh axis does not
+divide its dimension, another of the leaf's dimensions takes it; `whole_leaves` tells what is left whole. Optimiser
+moments and averages have their parameter's path as a suffix, so the same table places them.
 """
 
 import re
@@ -25,9 +25,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/in/bias$", ("mlp",)),
     (r"mlp/out/kernel$", ("mlp", "embed")),
     (r"distill/layer\d/kernel$", ("embed", "mlp")),
+    (r"adaptive/(scale|bias)/kernel$", (None, "channels")),
     (r"(cnn|discriminator)/.*conv.*/kernel$|cnn/.*/kernel$", (None, None, None, "channels")),
     (r"decoder/project/kernel$", (None, None, "embed", None)),
-    (r"(embed|query_proj|project)/kernel$", ("features", "embed")),
+    (r"encoder/project/kernel$", ("embed", "features")),
+    (r"(embed|query_proj)/kernel$", ("features", "embed")),
     (r"_pos$", (None, "embed")),
     (r"codebook$", ("codes", None)),
 )
@@ -60,12 +62,30 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, preset: str) -> Partitio
         raise ValueError(f"sharding.preset={preset!r} is not one of {', '.join(PRESETS)}")
     for pattern, logical in RULES:
         if re.search(pattern, path) and len(shape) >= len(logical):
-            axes: list[str | None] = [None] * (len(shape) - len(logical))
-            for size, name in zip(shape[len(axes) :], logical):
-                axis = PRESETS[preset].get(name) if name else None
-                axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-            return PartitionSpec(*axes)
+            lead = len(shape) - len(logical)
+            axes = _divided(shape[lead:], [PRESETS[preset].get(name) if name else None for name in logical], mesh)
+            return PartitionSpec(*[None] * lead, *axes)
     return PartitionSpec()
+
+
+def _divided(sizes: tuple[int, ...], wanted: list[str | None], mesh: Mesh) -> list[str | None]:
+    """`wanted` where it divides; an axis that does not goes to the largest free dimension that it divides, if any."""
+    wanted = [axis if axis and mesh.shape[axis] > 1 else None for axis in wanted]
+    axes = [axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(sizes, wanted)]
+    for axis in {axis: None for axis in wanted if axis and axis not in axes}:
+        free = [i for i, size in enumerate(sizes) if axes[i] is None and size % mesh.shape[axis] == 0]
+        if free:
+            axes[max(free, key=lambda i: sizes[i])] = axis
+    return axes
+
+
+def whole_leaves(abstract: Any) -> tuple[float, list[str]]:
+    """The share of a placed state's bytes that every device holds whole, and the paths, largest first."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    sizes = {path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in leaves}
+    whole = [path_name(path) for path, leaf in leaves if leaf.sharding.is_fully_replicated]
+    share = sum(sizes[name] for name in whole) / max(sum(sizes.values()), 1)
+    return share, sorted(whole, key=sizes.__getitem__, reverse=True)
 
 
 def state_shardings(abstract: Any, mesh: Mesh, preset: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigatok_jax import objectives, optim, sharding, train, train_state
+from gigatok_jax import objectives, optim, run, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.config import to_json
 from gigatok_jax.metrics import read_metrics
@@ -44,7 +44,7 @@ def seen(workdir, process=0):
 
 def final_state(workdir, cfg, devices=1):
     objective = objectives.build(cfg)
-    groups = {name: optim.make_group(g, cfg.schedule, cfg.num_steps) for name, g in cfg.groups.items()}
+    groups = optim.make_groups(cfg)
     mesh = sharding.make_mesh({"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
     abstract = train_state.abstract(objective, groups, cfg.seed, mesh, "replicated")
     with Checkpointer(Path(workdir) / "checkpoints", read_only=True) as checkpoints:
@@ -105,21 +105,21 @@ def test_a_stop_asked_for_while_starting_up_saves_and_leaves(tmp_path):
     cfg = tiny_run(**NO_GAN)
     with StopSignal(preemption_code=42) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        run = train.Run(cfg, tmp_path)
-        assert run.train(stop)
-        run.finish(1.0)
+        one = run.Run(cfg, tmp_path)
+        assert one.train(stop)
+        one.finish(1.0)
         assert stop.exit_status == 42
     with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.all_steps() == [0]
     assert json.loads((tmp_path / "report.json").read_text())["num_steps"] == 0
-    assert train.Run(cfg, tmp_path).start == 0
+    assert run.Run(cfg, tmp_path).start == 0
 
 
 def test_restore_onto_other_meshes(tmp_path):
     """8 → 1 → 4 devices, every leaf bit-equal."""
     cfg = tiny_run()
     objective = objectives.build(cfg)
-    groups = {name: optim.make_group(g, cfg.schedule, cfg.num_steps) for name, g in cfg.groups.items()}
+    groups = optim.make_groups(cfg)
     config, first = to_json(cfg), None
     layouts = [({"data": 2, "fsdp": 4, "tensor": 1}, "fsdp"), ({"data": 1, "fsdp": 1, "tensor": 1}, "replicated"),
                ({"data": 1, "fsdp": 2, "tensor": 2}, "fsdp+tensor")]  # fmt: skip
@@ -156,6 +156,21 @@ def test_what_a_run_leaves(uninterrupted):
     assert list(uninterrupted.glob("events*"))
 
 
+@pytest.mark.parametrize("moment", ["compile", "evaluate", "save"])
+def test_terminated_in_the_middle_of_something(uninterrupted, tmp_path, moment):
+    """After step 4: compiling the next phase and evaluating are given up; a save under way is finished."""
+    evaluation = ("eval__every=4", 'data__eval_source="photographs"') if moment == "evaluate" else ()
+    stopped = worker(tmp_path, *PHASED, *evaluation, "--kill=15", f"--during={moment}", "--code=42", check=False)
+    assert stopped.returncode == 42, stopped.stderr[-3000:]
+    assert not (tmp_path / "waited").exists()
+    with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    worker(tmp_path, *PHASED, *evaluation)
+    assert_same_run(tmp_path, uninterrupted)
+    if evaluation:
+        assert read_metrics(tmp_path / "metrics.jsonl", ["eval/psnr"])["eval/psnr"][0].tolist() == [0, 4, 8]
+
+
 def test_a_folder_with_broken_images_trains_through(tmp_path):
     """Each broken file is replaced, counted and named; each convertible one is used."""
     root = tmp_path / "images"
@@ -180,9 +195,9 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
     cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, **NO_GAN)
     cfg.mesh.update(data=1, fsdp=8)
     with StopSignal() as stop:
-        run = train.Run(cfg, tmp_path / "run")
-        run.train(stop)
-        run.finish(1.0)
+        one = run.Run(cfg, tmp_path / "run")
+        one.train(stop)
+        one.finish(1.0)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["bad_records"]) == {*broken, "class1/one.png"}
     assert report["num_steps"] == 5
@@ -201,9 +216,9 @@ def huge_png_header(side):
 
 def test_too_many_broken_updates_stop_the_run_and_say_how_to_rebuild_the_batch(tmp_path):
     cfg = tiny_run(num_steps=8, loss__commitment_weight=float("inf"), **NO_GAN)
-    with StopSignal() as stop, pytest.raises(train.NonFiniteRun, match=r"3 updates in a row.*commitment"):
-        run = train.Run(cfg, tmp_path)
-        run.train(stop)
+    with StopSignal() as stop, pytest.raises(run.NonFiniteRun, match=r"3 updates in a row.*commitment"):
+        one = run.Run(cfg, tmp_path)
+        one.train(stop)
     record = json.loads((tmp_path / "nonfinite_0.json").read_text())
     assert record["terms"] == ["commitment"] and record["step"] == 2
     rebuilt = next(iter(loader_at(cfg, record["step"])))
@@ -217,3 +232,19 @@ def loader_at(cfg, step):
         data.make_source("photographs"), global_batch=cfg.global_batch, seed=cfg.seed, num_steps=step + 1,
         start_step=step, image_size=cfg.tokenizer.image_size, crop=cfg.data.crop, flip=cfg.data.flip, num_threads=1,
     )  # fmt: skip
+
+
+def test_other_images_under_the_same_root_are_refused_on_resume(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(4):
+        Image.new("RGB", (16, 16), (60 * index, 30, 200)).save(root / f"{index}.png")
+    cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=1, **NO_GAN)
+    with StopSignal() as stop:
+        one = run.Run(cfg, tmp_path / "run")
+        one.train(stop)
+        one.finish(1.0)
+    (root / "0.png").rename(root / "9.png")
+    with pytest.raises(CheckpointMismatch, match=r"trained on 4 images .* has 4 .*--allow_config_change"):
+        run.Run(cfg, tmp_path / "run")
+    assert run.Run(cfg, tmp_path / "run", allow_config_change=True).start == 1

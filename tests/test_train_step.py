@@ -37,7 +37,7 @@ def sgd_groups(cfg, rate=0.1):
 
 
 def adam_groups(cfg):
-    return {name: optim.make_group(group, cfg.schedule, cfg.num_steps) for name, group in cfg.groups.items()}
+    return optim.make_groups(cfg)
 
 
 def fake_batch(cfg, seed=0):
@@ -67,8 +67,8 @@ def build(cfg, objective, groups, layout, step=1):
     return jitted, state, sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
 
 
-def full_step(layout, cfg, objective, constrained=True):
-    """One adversarial step with SGD on a mesh, on the host: (loss, gradients, new state, metrics), and its program."""
+def full_step(layout, cfg, objective):
+    """One adversarial step with SGD on a mesh: (loss, gradients, new state, metrics), on the host."""
     sizes, preset = layout
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     groups = sgd_groups(cfg)
@@ -80,15 +80,12 @@ def full_step(layout, cfg, objective, constrained=True):
         def total(params):
             return loss_fn(params, train.state, {}, batch, jax.random.key(0), train.step)
 
-        with constraints(sharding.activation_constraint(mesh) if constrained else None):
+        with constraints(sharding.activation_constraint(mesh)):
             (loss, (new, metrics)), grads = jax.value_and_grad(total, has_aux=True)(train.params)
         return loss, grads, *train_step._apply(train, groups, active, loss, new, metrics, grads)
 
     batch = sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
-    if not constrained:
-        batch = jax.device_put(batch, sharding.replicated(mesh))
-    compiled = jax.jit(step).lower(state, batch).compile()
-    return jax.device_get(compiled(state, batch)), compiled.as_text()
+    return jax.device_get(jax.jit(step)(state, batch))
 
 
 def assert_same_leaves(got, want, rtol):
@@ -109,14 +106,14 @@ QUIET = {"tokenizer__kernel_gain": 0.0, "tokenizer__position_std": 0.0, "tokeniz
 
 @pytest.fixture(scope="module")
 def one_device():
-    return full_step(ONE, *tiny_objective(**QUIET))[0]
+    return full_step(ONE, *tiny_objective(**QUIET))
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_take_the_step_of_one(one_device, name):
-    """Loss, gradients, parameters after SGD, averages, running statistics and metrics; the batch is really split."""
+    """Loss, gradients, parameters after SGD, averages, running statistics and metrics."""
     cfg, objective = tiny_objective(**QUIET)
-    (loss, grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
+    loss, grads, state, metrics = full_step(MESHES[name], cfg, objective)
     want_loss, want, want_state, want_metrics = one_device
     assert set(want) == {"tokenizer", "discriminator"}
     assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
@@ -127,20 +124,48 @@ def test_eight_devices_take_the_step_of_one(one_device, name):
     for term, value in want_metrics.items():
         if term.startswith(("loss/", "codebook/", "logits/")):
             np.testing.assert_allclose(metrics[term], value, rtol=1e-5, atol=1e-6, err_msg=term)
-    size = cfg.tokenizer.image_size
-    shards = MESHES[name][0]["data"] * MESHES[name][0]["fsdp"]
-    assert f"u8[{cfg.global_batch // shards},{size},{size},3]" in text
-    assert not full_batch_arrays(text, cfg.global_batch, size)
 
 
-def full_batch_arrays(text, batch, size):
-    """Arrays of the compiled program that hold the whole batch's images or feature maps (24: no channel count)."""
-    return re.findall(rf"(?:f32|u8|bf16)\[{batch},{size},{size},\d+\]", text)
+def compiled_text(name):
+    """The program that a run would execute on a mesh, and its config."""
+    cfg, objective = tiny_objective(**QUIET)
+    sizes, preset = MESHES[name]
+    mesh = sharding.make_mesh(sizes, jax.devices())
+    groups = adam_groups(cfg)
+    compiled = train_step.compile_step(
+        objective,
+        groups,
+        objective.phase(1),
+        seed=0,
+        accumulate=1,
+        mesh=mesh,
+        abstract=train_state.abstract(objective, groups, 0, mesh, preset),
+        frozen={},
+        batch=sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch),
+    )
+    return compiled.as_text()
 
 
-def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(monkeypatch):
-    """The comparisons above fail when entropy statistics are each device's own, or every device has the whole batch."""
-    (want_loss, want, *_), _ = full_step(ONE, *tiny_objective(global_batch=24))
+def full_batch_arrays(text):
+    """Arrays of a program that hold the whole batch's images or maps (4-d), or tokens (8 or 16, width 16)."""
+    return re.findall(r"(?:f32|u8|bf16)\[24,(?:\d+,\d+,\d+|8,16|16,16)\]", text)
+
+
+def test_the_compiled_step_keeps_the_batch_split():
+    """Also where the convolutions' kernels are split over the batch's own axis."""
+    text = compiled_text("fsdp")
+    assert "u8[3,8,8,3]" in text
+    assert not full_batch_arrays(text)
+
+
+def test_a_lost_batch_constraint_would_be_seen(monkeypatch):
+    monkeypatch.setattr(sharding, "activation_constraint", lambda mesh: None)
+    assert full_batch_arrays(compiled_text("fsdp"))
+
+
+def test_per_device_entropy_would_be_seen(monkeypatch):
+    """The comparison above fails when entropy statistics are each device's own."""
+    want_loss, want, *_ = full_step(ONE, *tiny_objective(global_batch=24))
     real = vq.entropy_loss
 
     def per_device(z_NZ, codebook_VZ, **kwargs):
@@ -149,11 +174,10 @@ def test_per_device_entropy_and_a_lost_batch_sharding_would_be_seen(monkeypatch)
 
     monkeypatch.setattr(vq, "entropy_loss", per_device)
     cfg, objective = tiny_objective(global_batch=24)
-    (loss, grads, *_), text = full_step(MESHES["data"], cfg, objective, constrained=False)
+    loss, grads, *_ = full_step(MESHES["data"], cfg, objective)
     assert abs(loss - want_loss) > 1e-2
     with pytest.raises(AssertionError):
         assert_same_leaves(grads, want, rtol=1e-2)
-    assert full_batch_arrays(text, cfg.global_batch, cfg.tokenizer.image_size)
 
 
 def test_adam_on_fixed_gradients_agrees_with_optax_and_across_meshes():
@@ -313,6 +337,33 @@ def test_accumulated_gradients_are_the_means():
     assert int(parts.step) == 1 and int(metrics["skipped"]) == 0
 
 
+def test_microbatches_span_the_devices():
+    """With entropy, batch norm and LeCam: each microbatch's statistics are over all devices, as on one."""
+    results = []
+    for layout in (ONE, MESHES["mixed"]):
+        cfg, objective = tiny_objective(accumulate=2, **QUIET)
+        step, state, batch = build(cfg, objective, sgd_groups(cfg), layout)
+        results.append(jax.device_get(step(state, {}, batch)))
+    (one, want), (eight, metrics) = results
+    assert_same_leaves((eight.params, eight.state), (one.params, one.state), rtol=1e-5)
+    for name, value in want.items():
+        if name.startswith("loss/"):
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_dimensions_that_do_not_divide_leave_their_axis_to_another():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    spec = lambda path, *shape: tuple(sharding.spec(path, shape, mesh, "fsdp"))  # noqa: E731
+    mlp, out = "params/decoder/stack/layers/mlp/in/kernel", "params/x/self_attention/out/kernel"
+    assert spec(mlp, 6, 16, 64) == (None, "fsdp", None)
+    assert spec(mlp, 8, 12, 64) == (None, None, "fsdp")  # never the layer axis
+    assert spec(out, 6, 12, 12) == (None, None, None)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    leaves = {"split": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=where),
+              "whole": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=sharding.replicated(mesh))}  # fmt: skip
+    assert sharding.whole_leaves(leaves) == (0.25, ["whole"])
+
+
 def test_bfloat16_keeps_float32_parameters_and_losses():
     cfg, objective = tiny_objective(dtype="bfloat16")
     step, state, batch = build(cfg, objective, adam_groups(cfg), ONE)
@@ -331,3 +382,9 @@ def test_mesh_and_batch_errors():
     cfg.global_batch = 12
     with pytest.raises(ValueError, match="does not divide over data x fsdp = 8"):
         config.check_mesh(cfg, 8)
+
+
+def test_wsd_decays_to_its_end_rate():
+    rate = optim.schedule("wsd", peak=1.0, end=0.1, warmup=0, num_steps=100, decay_fraction=0.5)
+    assert float(rate(49)) == 1.0 and float(rate(100)) == pytest.approx(0.1)
+    assert float(rate(62.5)) == pytest.approx(0.55)

@@ -1,12 +1,14 @@
 """One training process for the tests: a tiny run that writes down which samples it saw, and can kill itself.
 
-python tests/worker.py WORKDIR [--kill=9|15 --at=STEP] [--mesh=data,fsdp,tensor] [--root=FOLDER] [key=value …]
+python tests/worker.py WORKDIR [--kill=9|15 (--at=STEP | --during=compile|evaluate|save)] [--mesh=data,fsdp,tensor]
+    [key=value …]
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -14,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 from ml_collections import ConfigDict
 
-from gigatok_jax import distributed, train
+from gigatok_jax import distributed, run, train
 from tests.tiny import tiny_run
 
 # As in conftest: one run's compilations serve the next.
@@ -22,10 +24,31 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("GIGATOK_TEST_CACH
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-class Recording(train.Run):
+class Recording(run.Run):
     """A run that appends every step's losses and sample ids to `seen_<process>.jsonl`."""
 
-    kill, at = 0, -1
+    kill, at, during = 0, -1, ""
+
+    def evaluate(self, step, stop):
+        if self.during == "evaluate" and step == 4:
+            self.evaluator._reconstruct = self.killed_in
+        super().evaluate(step, stop)
+
+    def step_fn(self, step, batch, stop):
+        if self.during == "compile" and step == 4:
+            run.compile_step = self.killed_in
+        return super().step_fn(step, batch, stop)
+
+    def save(self, step):
+        super().save(step)
+        if self.during == "save" and step == 4:
+            os.kill(os.getpid(), self.kill)
+
+    def killed_in(self, *args, **kwargs):
+        """In place of a long piece of work: the signal comes, and nobody waits for the end."""
+        os.kill(os.getpid(), self.kill)
+        time.sleep(120)
+        (self.workdir / "waited").touch()
 
     def report_step(self, step, values, ids):
         super().report_step(step, values, ids)
@@ -42,6 +65,7 @@ def main() -> None:
     parser.add_argument("workdir")
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--at", type=int, default=-1)
+    parser.add_argument("--during", default="")
     parser.add_argument("--mesh", default="-1,1,1")
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("changes", nargs="*")
@@ -50,7 +74,7 @@ def main() -> None:
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in args.changes)}
     cfg: ConfigDict = tiny_run(**changes)
     cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), map(int, args.mesh.split(",")))))
-    Recording.kill, Recording.at = args.kill, args.at
+    Recording.kill, Recording.at, Recording.during = args.kill, args.at, args.during
     train.Run = Recording
     sys.exit(train.train(cfg.lock(), args.workdir, preemption_code=args.code))
 

@@ -2,7 +2,7 @@
 
 from gigatok_jax.data.decode import BadRecord, decode_image
 from gigatok_jax.data.evaluation import eval_batches, eval_crops
-from gigatok_jax.data.pipeline import CROPS, TrainLoader, sample_ids
+from gigatok_jax.data.pipeline import CROPS, TrainLoader, fingerprint, sample_ids
 from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, Record, Source, make_source
 from gigatok_jax.data.transforms import adm_center_crop, adm_random_crop, horizontal_flip, random_scale_crop
 
@@ -20,6 +20,7 @@ __all__ = [
     "decode_image",
     "eval_batches",
     "eval_crops",
+    "fingerprint",
     "horizontal_flip",
     "make_source",
     "random_scale_crop",

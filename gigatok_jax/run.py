@@ -1,0 +1,280 @@
+"""One training run: what is built once from a config, and the loop over it."""
+
+import functools
+import io
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from gigatok_jax import config, data, distributed, metrics, objectives, optim, sharding, train_state
+from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
+from gigatok_jax.evals.evaluator import Evaluator
+from gigatok_jax.evals.report import write_report
+from gigatok_jax.preemption import Stopped, StopSignal
+from gigatok_jax.train_step import broken_terms, compile_step
+
+MOSTLY_SHARDED = 0.05  # of the state's bytes may be whole on every device without a word
+SHOWN = ("loss/total", "loss/l2", "codebook/usage")
+
+
+class NonFiniteRun(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class Run:
+    """Everything between a config and its report.
+
+    Raises, when built:
+      ValueError, OSError, ImportError: a config, path, mesh, checkpoint or package that cannot work, naming the mend.
+    """
+
+    def __init__(self, cfg: ConfigDict, workdir: Path, allow_config_change: bool = False):
+        config.validate(cfg, jax.device_count())
+        self.cfg, self.workdir = cfg, workdir
+        self.resolved = config.to_json(cfg)
+        self.mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
+        self.objective = objectives.build(cfg)
+        self.groups = optim.make_groups(cfg)
+        self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
+        self.fingerprint = data.fingerprint(self.source)
+        self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
+        self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        share, whole = sharding.whole_leaves(self.abstract)
+        if cfg.sharding.preset != "replicated" and self.mesh.shape["fsdp"] > 1 and share > MOSTLY_SHARDED:
+            logging.warning(
+                "every device holds %.0f %% of the state whole, above all %s: no dimension of theirs divides by "
+                "config.mesh.fsdp=%d. A smaller fsdp with more data shards them",
+                *(100 * share, ", ".join(whole[:3]), self.mesh.shape["fsdp"]),
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpointer(
+            workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last, keep_period=cfg.checkpoint.keep_period or None
+        )
+        if self.checkpoints.latest_step() is None:
+            self.state = train_state.init(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        else:
+            same = {"config": self.resolved, "allow_config_change": allow_config_change}
+            self.state, extra = self.checkpoints.restore(self.abstract, **same)
+            if extra["data"] != self.fingerprint and not allow_config_change:
+                raise CheckpointMismatch(_other_data(extra["data"], self.fingerprint, cfg.data.root))
+            logging.info("resumed from step %d", int(self.state.step))
+        self.start = int(self.state.step)
+        self._steps: dict[Any, Any] = {}
+        self.input_wait, self.compile_seconds, self.bad_records = 0.0, 0.0, {}
+        self._pending: tuple[int, Mapping[str, jax.Array], np.ndarray] | None = None
+        main = distributed.is_main()
+        # Without a checkpoint there is nothing to go on from: lines of an attempt that died before one are dropped.
+        self.writer = metrics.make_writer(workdir, is_main=main, resume_step=self.start if self.start else -1)
+        self.progress = metrics.Progress(
+            cfg.num_steps,
+            start_step=self.start,
+            global_batch=cfg.global_batch,
+            show=SHOWN,
+            stream=None if main else io.StringIO(),
+        )
+        tokens = self.objective.tokenizer.num_latent_tokens * cfg.global_batch
+        self.alarm = metrics.UsageAlarm(window_steps=-(-cfg.loss.usage_window // tokens))
+        if main:
+            (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
+
+    def loader(self) -> data.TrainLoader:
+        """The batches from the state's step on; a pure function of (seed, step)."""
+        cfg = self.cfg
+        return data.TrainLoader(
+            self.source,
+            global_batch=cfg.global_batch,
+            seed=cfg.seed,
+            num_steps=cfg.num_steps,
+            start_step=self.start,
+            image_size=cfg.tokenizer.image_size,
+            crop=cfg.data.crop,
+            flip=cfg.data.flip,
+            permute_channels=cfg.data.permute_channels,
+            rows=sharding.process_rows(self.mesh, cfg.global_batch),
+            num_threads=cfg.data.num_threads,
+            num_workers=cfg.data.num_workers,
+            prefetch=cfg.data.prefetch,
+        )
+
+    def step_fn(self, step: int, batch: Mapping[str, jax.Array], stop: StopSignal) -> Any:
+        """The compiled step of this step's phase; raises Stopped where a stop is asked for while it compiles."""
+        phase = self.objective.phase(step)
+        if phase not in self._steps:
+            logging.info("compiling the step of %s", phase)
+            started = time.monotonic()
+            compiling = functools.partial(
+                compile_step,
+                self.objective,
+                self.groups,
+                phase,
+                seed=self.cfg.seed,
+                accumulate=self.cfg.accumulate,
+                mesh=self.mesh,
+                abstract=self.abstract,
+                frozen={},
+                batch=batch,
+            )
+            self._steps[phase] = stop.during(compiling)
+            self.compile_seconds += time.monotonic() - started
+            self.progress.restart_timing(step)
+        return self._steps[phase]
+
+    def train(self, stop: StopSignal) -> bool:
+        """Runs to the last step, or to the step at which a stop was agreed; True if something is left to do."""
+        try:
+            if self._evaluation_due(self.start):
+                self.evaluate(self.start, stop)
+            with self.loader() as loader:
+                self._loop(loader, stop)
+            if int(self.state.step) < self.cfg.num_steps:
+                return True
+            if self._evaluation_due(self.cfg.num_steps):
+                self.evaluate(self.cfg.num_steps, stop)
+            return False
+        except Stopped:  # in a compilation or an evaluation, which the process leaves behind
+            self._report_pending()
+            self.save(int(self.state.step))
+            return True
+        finally:
+            self.checkpoints.wait()
+
+    def _loop(self, loader: data.TrainLoader, stop: StopSignal) -> None:
+        for step in range(self.start, self.cfg.num_steps):
+            batch = next(loader)
+            self.input_wait, self.bad_records = loader.wait_seconds, loader.bad_records
+            inputs = {name: batch[name] for name in ("image", "label")}
+            placed = sharding.place_batch(inputs, self.mesh, self.cfg.global_batch)
+            self.state, values = self.step_fn(step, placed, stop)(self.state, {}, placed)
+            # Metrics are read one step late, so the device never waits for the host.
+            self._report_pending()
+            self._pending = step, values, batch["id"]
+            last, stopped = step + 1 == self.cfg.num_steps, stop.agreed(step)
+            evaluating = _every(step, self.cfg.eval.every) and not (stopped or last)
+            saving = stopped or last or _every(step, self.cfg.checkpoint.every)
+            # Evaluating and saving come before the next batch is asked for: what is stored is what was seen.
+            if evaluating or saving:
+                self._report_pending()
+            if evaluating:
+                self.evaluate(step + 1, stop)
+            if saving:
+                self.save(step + 1)
+            if stopped:
+                return
+
+    def _evaluation_due(self, step: int) -> bool:
+        """Whether an evaluation belongs to `step` and was not written down: a stop may have come in between."""
+        belongs = step in (0, self.cfg.num_steps) or _every(step - 1, self.cfg.eval.every)
+        if self.evaluator is None or not belongs:
+            return False
+        path = self.workdir / "metrics.jsonl"
+        series = metrics.read_metrics(path, ["eval/psnr"]).get("eval/psnr") if path.exists() else None
+        return distributed.from_main(series is None or step not in series[0])
+
+    def _report_pending(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.report_step(*pending)
+
+    def report_step(self, step: int, values: Mapping[str, jax.Array], ids: np.ndarray) -> None:
+        """Logs a finished step, and stops the run where too many updates in a row were skipped.
+
+        Raises:
+          NonFiniteRun: naming the terms that broke; `nonfinite_<process>.json` holds what rebuilds the batch.
+        """
+        scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.progress.update(step + 1, scalars)
+        last = step + 1 == self.cfg.num_steps
+        if step == 0 or last or _every(step, self.cfg.log.every) or scalars["skipped_in_row"]:
+            self.writer.write_scalars(step + 1, scalars)
+        if message := self.alarm.check(step + 1, scalars["codebook/usage"]):
+            logging.warning("%s", message)
+        if not scalars["skipped_in_row"]:
+            return
+        terms = broken_terms(scalars)
+        logging.warning("step %d: update skipped, not finite: %s", step + 1, ", ".join(terms))
+        if scalars["skipped_in_row"] >= self.cfg.max_skipped:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+            record = {
+                "step": step,
+                "seed": self.cfg.seed,
+                "key": np.asarray(jax.random.key_data(key)).tolist(),
+                "terms": terms,
+                "ids_of_this_process": np.asarray(ids).tolist(),
+            }
+            path = self.workdir / f"nonfinite_{jax.process_index()}.json"
+            path.write_text(json.dumps(record, indent=2) + "\n")
+            # The count starts anew for whoever goes on from here.
+            self.state = self.state._replace(skipped_in_row=self.state.skipped_in_row * 0)
+            self.save(int(self.state.step))
+            self.checkpoints.wait()
+            raise NonFiniteRun(
+                f"{int(scalars['skipped_in_row'])} updates in a row were not finite in: {', '.join(terms)}. The state "
+                f"is saved without them; {path} has the sample ids and key of step {step}. Raise --config.max_skipped "
+                "to go on past them, or lower the learning rate or the term's weight with --allow_config_change"
+            )
+
+    def evaluate(self, step: int, stop: StopSignal) -> None:
+        """Scores held-out images with the averaged weights where there are any, and draws them.
+
+        Raises:
+          Stopped: a stop was asked for meanwhile; whoever goes on from here evaluates first.
+        """
+        if self.evaluator is None:
+            return
+        with self.progress.pause():
+            scores, grid = stop.during(lambda: self.evaluator({**self.state.params, **self.state.ema}))
+            self.writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+            if distributed.is_main():
+                (self.workdir / "grids").mkdir(exist_ok=True)
+                grid.save(self.workdir / "grids" / f"step_{step:08d}.png")
+                self.writer.write_images(step, {"eval/reconstructions": np.asarray(grid.convert("RGB"))[None]})
+        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def save(self, step: int) -> None:
+        """Starts writing a checkpoint."""
+        with self.progress.pause():
+            self.checkpoints.save(step, self.state, config=self.resolved, extra={"data": self.fingerprint})
+
+    def finish(self, seconds: float) -> None:
+        """Writes the curves and `report.json`, and says where they are."""
+        self.progress.end_line()
+        self.writer.flush()
+        if distributed.is_main():
+            idle = int(self.state.step) == self.start  # nothing was trained: times of the run before stay
+            facts = {
+                "image_size": self.cfg.tokenizer.image_size,
+                "num_latent_tokens": self.objective.tokenizer.num_latent_tokens,
+                "codebook_size": self.cfg.tokenizer.codebook_size,
+                "num_steps": int(self.state.step),
+                "images_per_second": self.progress.images_per_second,
+                "step_seconds": self.progress.step_seconds,
+                "compile_seconds": None if idle else self.compile_seconds,
+                "input_wait_fraction": None if idle else self.input_wait / max(seconds, 1e-9),
+                "seconds": None if idle else seconds,
+                "bad_records": {**self.bad_records, **(self.evaluator.bad_records if self.evaluator else {})},
+                "devices": jax.device_count(),
+            }
+            for path in write_report(self.workdir, facts):
+                print(path)
+        self.writer.close()
+        self.checkpoints.close()
+
+
+def _other_data(saved: Mapping[str, Any], now: Mapping[str, Any], root: str) -> str:
+    return (
+        f"the checkpoint was trained on {saved['records']} images (names {saved['names'][:8]}…), "
+        f"config.data.root={root!r} has {now['records']} (names {now['names'][:8]}…): the order of samples would be "
+        "another. Point config.data.root to the same images, use another --workdir, or --allow_config_change to go on "
+        "all the same"
+    )
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and (step + 1) % interval == 0
