@@ -17,6 +17,8 @@ from gigatok_jax.hub.tensors import read_tensors
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.teachers import CONVNETS, VITS, ViTSizes
 
+Grid = tuple[int, int]
+
 
 class Source(NamedTuple):
     """Where a network's weights are published."""
@@ -67,9 +69,36 @@ def find(name: str, folder: str | Path = "") -> Path:
     )
 
 
-def load(
-    name: str, path: str | Path, *, grid: tuple[int, int] | None = None, dtype: Any = np.float32
-) -> dict[str, Any]:
+def load_roles(
+    roles: Mapping[str, str], folder: str | Path = "", *, grid: Grid | None = None, dtype: Any = np.float32
+) -> dict[str, dict[str, Any]]:
+    """What travels in `frozen`: {role: parameters} for {role: network}.
+
+    Args:
+      grid: the latent grid (h, w); positions of the role "semantic" are resampled to it.
+
+    Raises:
+      FileNotFoundError: for all networks whose file is missing, together.
+      ValueError: as `find` and `load`.
+    """
+    paths, missing = {}, []
+    for name in sorted(set(roles.values())):
+        try:
+            paths[name] = find(name, folder)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
+    frozen = {}
+    for role, name in roles.items():
+        params = load(name, paths[name], grid=grid if role == "semantic" else None, dtype=dtype)
+        if role == "semantic":
+            params.pop("heads", None)  # the weights of LPIPS
+        frozen[role] = params
+    return frozen
+
+
+def load(name: str, path: str | Path, *, grid: Grid | None = None, dtype: Any = np.float32) -> dict[str, Any]:
     """The parameters of a frozen network from a safetensors or npz file in a published layout, as numpy.
 
     Args:

@@ -69,7 +69,8 @@ class TokenizerObjective(NamedTuple):
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)
             params["discriminator"] = variables["params"]
-            state["discriminator"] = variables["batch_stats"]
+            # Whatever else it keeps, by collection: running statistics, spectral-norm vectors.
+            state["discriminator"] = {name: value for name, value in variables.items() if name != "params"}
             if self.weights.lecam_weight:
                 state["lecam"] = lecam.lecam_init()
         return params, state
@@ -107,7 +108,7 @@ class TokenizerObjective(NamedTuple):
             state = {**state, **usage_state}
             if phase.adversarial:
                 adversarial_terms, state, scores = self._adversarial(
-                    params["discriminator"], state, images, image, step
+                    params["discriminator"], state, frozen, images, image, key, step
                 )
                 terms, metrics = {**terms, **adversarial_terms}, {**metrics, **scores}
             metrics |= {f"loss/{name}": value for name, value in terms.items()}
@@ -155,22 +156,30 @@ class TokenizerObjective(NamedTuple):
         return {"last_used": last_used}, metrics
 
     def _adversarial(
-        self, params: Any, state: Any, images: dict[str, jax.Array], real: jax.Array, step: jax.Array
+        self,
+        params: Any,
+        state: Any,
+        frozen: Any,
+        images: dict[str, jax.Array],
+        real: jax.Array,
+        key: jax.Array,
+        step: jax.Array,
     ) -> tuple[dict[str, jax.Array], dict[str, Any], dict[str, jax.Array]]:
         """Generator terms at stopped discriminator parameters, discriminator terms at stopped reconstructions.
 
         The discriminator sees, in this order, the reconstructions for the generator's term, the real images, and the
-        reconstructions for its own; running statistics follow that order, as published.
+        reconstructions for its own; running statistics follow that order, as published. A discriminator over a frozen
+        network finds it in the collection `frozen`, and draws its augmentations from the stream `augment`.
         """
         w, stop = self.weights, jax.lax.stop_gradient
-        stats, terms = state["discriminator"], {}
+        kept, terms, keys = state["discriminator"], {}, iter(jax.random.split(key, 2 * len(images) + 1))
 
         def judge(params: Any, image: jax.Array) -> jax.Array:
-            nonlocal stats
-            logits, updated = self.discriminator.apply(
-                {"params": params, "batch_stats": stats}, image, train=True, mutable=["batch_stats"]
+            nonlocal kept
+            variables = {"params": params, "frozen": frozen.get("discriminator", {}), **kept}
+            logits, kept = self.discriminator.apply(
+                variables, image, train=True, mutable=list(kept), rngs={"augment": next(keys)}
             )
-            stats = updated["batch_stats"]
             return logits.astype(jnp.float32)
 
         generator_loss = adversarial.GENERATOR_LOSSES[w.adversarial]
@@ -182,7 +191,7 @@ class TokenizerObjective(NamedTuple):
         for prefix, logits in fakes.items():
             terms[f"{prefix}discriminator"] = w.discriminator_weight * discriminator_loss(logits_real, logits)
         logits_fake = fakes[""]
-        state = {**state, "discriminator": stats}
+        state = {**state, "discriminator": kept}
         if w.lecam_weight:
             averages = lecam.lecam_update(
                 state["lecam"], logits_real, logits_fake, step=step + 1, start_step=w.discriminator_start + 1000
