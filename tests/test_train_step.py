@@ -244,8 +244,8 @@ class Poisoned(TokenizerObjective):
     def _code_terms(self, losses, out, image, frozen, phase):
         return poison(super()._code_terms(losses, out, image, frozen, phase), frozen)
 
-    def _adversarial(self, params, state, images, real, step):
-        terms, *rest = super()._adversarial(params, state, images, real, step)
+    def _adversarial(self, params, state, *arguments):
+        terms, *rest = super()._adversarial(params, state, *arguments)
         return poison(terms, state), *rest
 
 
