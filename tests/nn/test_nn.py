@@ -127,6 +127,39 @@ def test_tap_memory_does_not_grow_with_depth():
     assert extra[24] - extra[8] < 2, extra
 
 
+def test_the_program_does_not_grow_with_depth():
+    """What compile time depends on: as many equations at 24 layers as at 6, gradient and tap included."""
+
+    def equations(depth):
+        stack = transformer.Stack("vit", depth, 2, remat="full")
+        x = jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)
+        variables = jax.eval_shape(stack.init, jax.random.key(0), x)
+        loss = lambda variables, x: sum((y**2).sum() for y in jax.tree.leaves(stack.apply(variables, x, taps=(3,))))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(variables, x)).count(" = ")
+
+    assert equations(24) == equations(6) > 100
+
+
+def test_rematerialised_convolutions_change_nothing_but_memory():
+    """Same names, same gradients; less is kept between forward and backward pass."""
+    image = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    nets = [conv.ConvEncoder(multipliers=(1, 2), base=16, groups=4, attention=True, remat=r) for r in (False, True)]
+    variables = nets[0].init(jax.random.key(1), image)
+    results = []
+    for net in nets:
+        loss = lambda v, net=net: (net.apply(v, image) ** 2).sum()  # noqa: E731
+        # Residuals, not `memory_analysis`: XLA's CPU compiler merges the recomputation with the forward pass again.
+        residuals = jax.eval_shape(lambda v, loss=loss: jax.vjp(loss, v)[1], variables)
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+        results.append((jax.jit(jax.grad(loss))(variables)["params"], kept))
+    (plain, all_of_it), (other, inputs_only) = results
+    for gradient in (plain, other):
+        for name in ("level1_attention0", "level1_attention1", "mid_attention"):
+            del gradient[name]["key"]["bias"]  # analytically zero
+    assert_close_tree(other, plain, rtol=1e-4)
+    assert inputs_only < 0.5 * all_of_it, (inputs_only, all_of_it)
+
+
 def test_bad_taps_layers_and_implementations(inputs):
     with pytest.raises(ValueError, match=r"taps \[5\]"):
         transformer.Stack("qformer", 4, 2).init(jax.random.key(0), *inputs, taps=(5,))
