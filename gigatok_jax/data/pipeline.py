@@ -53,7 +53,7 @@ def sample_ids(seed: int, step: int, global_batch: int, num_records: int) -> np.
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """{"records": N, "names": SHA-256 of the names in order}: two sources of one fingerprint give the same samples."""
+    """{"records": N, "names": SHA-256 of the names in order}; what the files hold is not looked at."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(source.name_of(index).encode() + b"\0")
