@@ -226,8 +226,8 @@ class Run:
         self.checkpoints.wait()
         raise NonFiniteRun(
             f"{skipped} updates in a row were not finite in: {', '.join(terms)}. The state is saved without them; "
-            f"{path} has the sample ids and key of step {step}. Raise --config.max_skipped to go on past them, or lower "
-            "the learning rate or the term's weight with --allow_config_change"
+            f"{path} has the sample ids and key of step {step}. Raise --config.max_skipped to go on past them, or "
+            "lower the learning rate or the term's weight with --allow_config_change"
         )
 
     def evaluate(self, step: int, stop: StopSignal) -> None:

@@ -230,8 +230,8 @@ def test_discriminator_is_untouched_before_its_start():
     assert [int(count) for count in counts] == [1]  # its own count, not the global step
 
 
-TERMS = ("l2", "direct_l2", "perceptual", "direct_perceptual", "codebook", "commitment", "entropy", "feature", "semantic",
-         "adversarial",         "direct_adversarial", "discriminator", "direct_discriminator", "lecam")  # fmt: skip
+TERMS = ("l2", "direct_l2", "perceptual", "direct_perceptual", "codebook", "commitment", "entropy", "feature",
+         "semantic", "adversarial", "direct_adversarial", "discriminator", "direct_discriminator", "lecam")  # fmt: skip
 
 
 class Poisoned(TokenizerObjective):
