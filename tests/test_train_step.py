@@ -396,7 +396,10 @@ def test_published_schedules(golden):
              "wsd_w500_f02": ("wsd", 0.0, 500), "const_w500": ("constant", 0.0, 500)}  # fmt: skip
     for name, (kind, end, warmup) in cases.items():
         rate = optim.schedule(kind, peak=1e-4, end=end, warmup=warmup, num_steps=10_000, decay_fraction=0.2)
-        np.testing.assert_allclose([float(rate(s)) for s in io["steps"]], io[name], rtol=1e-5, atol=1e-11, err_msg=name)
+        known = np.isfinite(io[name])  # the published "wsd" is NaN after its last step
+        ours = np.array([float(rate(step)) for step in io["steps"]])
+        assert np.isfinite(ours).all() and known.sum() > 10
+        np.testing.assert_allclose(ours[known], io[name][known], rtol=1e-5, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("pattern, message", [("(", "no regular expression"), ("encoder", "matches no whole")])

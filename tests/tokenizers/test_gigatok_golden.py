@@ -139,9 +139,9 @@ def test_losses_and_gradients(golden, case):
     image, _, out = jax.jit(lambda v, x: tokenizer.apply(v, x, train=True))(variables, nhwc(want["x"]))
     direct = tokenizer.apply(variables, out["cnn"], method="decode_features")
     got = {"recon": image, "recon_direct": direct, "inner_feat_mlp": out["semantic"]}
-    recorded = {name: nhwc(want[name]) if want[name].ndim == 4 else want[name] for name in got if name in want.files}
-    assert len(recorded) >= 2
-    assert_close_tree({name: got[name] for name in recorded}, recorded)
+    for name, value in got.items():
+        recorded = nhwc(want[name]) if want[name].ndim == 4 else want[name]
+        assert np.linalg.norm(value - recorded) <= 1e-4 * np.linalg.norm(recorded), name
     # The published buffer starts as zeros, so entry 0 counts as used there.
     used = set(np.flatnonzero(new_state["last_used"] == 0)) | {0}
     assert len(used) / 512 == want["codebook_usage"]
