@@ -3,13 +3,16 @@
 from gigatok_jax.data.decode import BadRecord, decode_image
 from gigatok_jax.data.evaluation import eval_batches, eval_crops
 from gigatok_jax.data.pipeline import CROPS, TrainLoader, sample_ids
-from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, Record, Source, make_source
+from gigatok_jax.data.records import Encoded, EncodedSource, Record, Source
+from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, make_source
 from gigatok_jax.data.transforms import adm_center_crop, adm_random_crop, horizontal_flip, random_scale_crop
 
 __all__ = [
     "CROPS",
     "SOURCES",
     "BadRecord",
+    "Encoded",
+    "EncodedSource",
     "ImageFolder",
     "Photographs",
     "Record",
