@@ -49,11 +49,9 @@ def pack_set(source: data.EncodedSource, out: Path, made_from: dict[str, Any], *
     if len(index["dropped"]) > _NAMED:
         print(f"... and {len(index['dropped']) - _NAMED} more, in {out / 'dataset.json'}")
     size = sum(shard["bytes"] for shard in index["shards"])
-    print(
-        f"{out}: {index['records']:,} records, {len(index['shards'])} shards, {size / 2**20:,.1f} MiB, {index['hash']}"
-    )
-    names = ("records", "hash")
-    return {name: index[name] for name in names} | {"bytes": size, "dropped": len(index["dropped"])}
+    shards = f"{len(index['shards'])} shards, {size / 2**20:,.1f} MiB"
+    print(f"{out}: {index['records']:,} records, {shards}, hash {index['hash']}", flush=True)
+    return {name: index[name] for name in ("records", "hash")} | {"bytes": size, "dropped": len(index["dropped"])}
 
 
 def run(source: str, root: str, out: Path, split: str, **options: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import msgpack
+import numpy as np
 
 from gigatok_jax.data.decode import BadRecord
 from gigatok_jax.data.records import Encoded, EncodedSource
@@ -81,11 +82,10 @@ class ArrayRecordSet(EncodedSource):
         return from_bytes(data, self._place(index))
 
     def _place(self, index: int) -> str:
-        for file, records in self._shards:
-            if index < records:
-                break
-            index -= records
-        return f"{file}[{index}]"
+        ends = np.cumsum([records for _, records in self._shards])
+        number = int(np.searchsorted(ends, index, side="right"))
+        file, records = self._shards[number]
+        return f"{file}[{index - int(ends[number]) + records}]"
 
 
 def read_index(path: Path) -> dict[str, Any]:

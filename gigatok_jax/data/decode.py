@@ -127,10 +127,11 @@ def _fast_jpeg(picture: Image.Image, data: bytes) -> np.ndarray | None:
     if simplejpeg is None or not isinstance(picture, JpegImageFile) or picture.mode not in ("L", "RGB"):
         return None
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     except ValueError:
         # Also for what libjpeg merely warns of, and PIL reads in silence.
         return None
+    return pixels if pixels.shape[1::-1] == picture.size else None
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:

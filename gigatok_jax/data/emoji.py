@@ -63,11 +63,11 @@ _SAME = {
 class EmojiArchives(EncodedSource):
     """One split of the pictures in the two archives, sorted by file name; kept in memory (16 MB).
 
-    The image files stay as they are: RGBA WebP, which `decode_image` puts on white. All are 256 px wide, four are 264 px
-    high. The label is the emoji's sub-category ("face-smiling"; 98 of them, sorted), the caption its Unicode name in
-    lower case, the same for all skin tones. File names are compared with the table without regard to leading zeros,
-    variation selectors and the end mark of flags: so all pictures have an entry, also the seventeen that have none by
-    plain comparison (twelve keycaps, two signs and the three flags of class "subdivision-flag"). Sixteen emoji have two
+    The image files stay as they are: RGBA WebP, which `decode_image` puts on white. All are 256 px wide, four are
+    264 px high. The label is the emoji's sub-category ("face-smiling"; 98 of them, sorted), the caption its Unicode
+    name in lower case, the same for all skin tones. File names are compared with the table without regard to leading
+    zeros, variation selectors and the end mark of flags: so all pictures have an entry, also the seventeen that have
+    none by plain comparison (twelve keycaps, two signs and the three flags of class "subdivision-flag"). Sixteen emoji have two
     pictures by this rule; both are kept.
 
     Held out is about a tenth, by a hash of what all variants of an emoji share: its skin tones, genders and
@@ -149,9 +149,7 @@ def _checked(root: Path, package: Package) -> Path:
     with open(path, "rb") as file:
         found = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
     if found != package.sha512:
-        raise ValueError(
-            f"{str(path)!r} is not the published archive (SHA-512 {found}): `npm pack {package.name}` again"
-        )
+        raise ValueError(f"{str(path)!r} is not the published archive: make it with `npm pack {package.name}`")
     return path
 
 

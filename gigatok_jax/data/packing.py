@@ -55,6 +55,8 @@ def pack(
     """
     if shard_records < 1:
         raise ValueError(f"shard_records={shard_records} must be at least 1")
+    if not len(source):
+        raise ValueError("the source has no record")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     made_from = {**made_from, "source_records": len(source), "shard_records": shard_records}

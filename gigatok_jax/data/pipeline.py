@@ -18,14 +18,15 @@ from grain.experimental import index_shuffle
 
 from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
-from gigatok_jax.data.sources import Record, Source
+from gigatok_jax.data.records import Record, Source
 
 CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
     "adm": lambda image, size, rng: transforms.adm_random_crop(image, size, transforms.integers_of(rng)),
     "scale": transforms.random_scale_crop,
     "center": lambda image, size, rng: transforms.adm_center_crop(image, size),
 }
-MAX_ATTEMPTS = 16
+# Records tried for one position: all of a small set; so many bad ones in a row mean that the whole set is broken.
+MAX_ATTEMPTS = 256
 # Distance in the permuted order to a bad record's substitute: far, so that it is rarely in the same batch.
 _SUBSTITUTE_STRIDE = 1_000_003
 # index_shuffle walks a domain of 2**16 even for nine records (3 ms each): small sets use a stored table.
@@ -149,8 +150,8 @@ class TrainLoader:
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: in `next`, where 16 records in a row are bad (with num_workers, grain re-raises it from
-            the worker).
+        RuntimeError: in `next`, where 256 records in a row are bad, or all of a smaller set (with num_workers, grain
+            re-raises it from the worker).
     """
 
     def __init__(

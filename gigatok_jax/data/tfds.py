@@ -69,6 +69,8 @@ class TfdsImages(EncodedSource):
             fields = self._raw[index]
         except Exception as error:  # the reader's, the parser's or a feature's
             raise BadRecord(place, f"cannot be read ({type(error).__name__}: {error})") from error
+        if fields[self._image] is None:  # what the reader makes of a cut shard
+            raise BadRecord(place, "cannot be read (an empty record: its shard is cut, copy it again)")
         name = place if self._name is None else _text(fields[self._name])
         caption = "" if self._caption is None else _text(fields[self._caption])
         return Encoded(fields[self._image], 0 if self._label is None else int(fields[self._label]), name, caption)

@@ -182,13 +182,27 @@ def test_the_last_good_record_is_found():
     assert (ids == 5).all()
 
 
+def test_a_mostly_bad_set_is_trained_on():
+    good = {3, 150, 199}
+    ids = np.concatenate([b["id"] for b in batches(Numbered(200, set(range(200)) - good), num_steps=8)])
+    assert set(ids.tolist()) == good
+
+
+def test_a_large_set_is_not_tried_to_its_end():
+    with (
+        TrainLoader(Numbered(10_000, range(10_000)), **BASE) as loader,
+        pytest.raises(RuntimeError, match="256 records in a row are bad"),
+    ):
+        next(loader)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_records_stop_the_run(tmp_path, num_workers):
-    for i in range(20):
+    for i in range(20):  # fewer than MAX_ATTEMPTS: all of them are tried
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
     with (
         TrainLoader(ImageFolder(tmp_path), **BASE, num_workers=num_workers) as loader,
-        pytest.raises(RuntimeError, match=r"16 records in a row are bad, the first is \d+.png: .*not a JPEG"),
+        pytest.raises(RuntimeError, match=r"20 records in a row are bad, the first is \d+.png: .*not a JPEG"),
     ):
         next(loader)
 
