@@ -67,8 +67,8 @@ class EmojiArchives(EncodedSource):
     264 px high. The label is the emoji's sub-category ("face-smiling"; 98 of them, sorted), the caption its Unicode
     name in lower case, the same for all skin tones. File names are compared with the table without regard to leading
     zeros, variation selectors and the end mark of flags: so all pictures have an entry, also the seventeen that have
-    none by plain comparison (twelve keycaps, two signs and the three flags of class "subdivision-flag"). Sixteen emoji have two
-    pictures by this rule; both are kept.
+    none by plain comparison (twelve keycaps, two signs and the three flags of class "subdivision-flag"). Sixteen emoji
+    have two pictures by this rule; both are kept.
 
     Held out is about a tenth, by a hash of what all variants of an emoji share: its skin tones, genders and
     directions are on one side.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def test_bad_records_are_left_out_and_named(zoo, tmp_path):
     assert [(source[i].name, source[i].label) for i in range(len(source))] == list(GOOD.items())
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none of 1 records is usable; the first is x.png"):
+    with pytest.raises(ValueError, match=r"none of 1 records is usable; the first is x.png"):
         pack(ImageFolder(tmp_path / "bad"), tmp_path / "none", made_from={})
 
 
@@ -131,15 +130,15 @@ def test_another_source_is_not_mixed_in(folder, tmp_path):
             pack(folder, tmp_path / "out", **({"made_from": {"root": "a"}, "shard_records": 4} | changes))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.array_record").write_bytes(b"")
-    with pytest.raises(ValueError, match="no dataset.json: give an empty folder"):
+    with pytest.raises(ValueError, match=r"no dataset.json: give an empty folder"):
         pack(folder, tmp_path / "foreign", made_from={})
 
 
-def test_wrong_folders_and_damaged_files_are_told(folder, tmp_path):
+def test_wrong_folders_and_damaged_files_are_told(folder, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no dataset.json in .*gigatok_jax.pack"):
         make_source("array_record", root=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no dataset.json in 'data/emoji' or its sub-folder 'eval'"):
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         make_source("emoji", split="eval")
     out = tmp_path / "out"
     pack(folder, out, made_from={})

@@ -141,11 +141,11 @@ def test_bad_samples_are_named(tmp_path):
     assert source[3].name == "x.tar/d"
     webdataset._opened.cache_clear()
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:-12_000])
-    with pytest.raises(BadRecord, match="x.tar/d: the tar is shorter"):
+    with pytest.raises(BadRecord, match=r"x.tar/d: the tar is shorter"):
         source[3]
     (tmp_path / "x.tar").unlink()
     webdataset._opened.cache_clear()
-    with pytest.raises(BadRecord, match="x.tar/d: cannot be read .No such file"):
+    with pytest.raises(BadRecord, match=r"x.tar/d: cannot be read .No such file"):
         source[3]
 
 
