@@ -14,7 +14,7 @@ from forms import some_images, write_folder, write_tars
 from PIL import Image
 
 from gigatok_jax import pack as program
-from gigatok_jax.data import BadRecord, Encoded, ImageFolder, make_source
+from gigatok_jax.data import BadRecord, Encoded, ImageFolder, array_record, make_source
 from gigatok_jax.data.array_record import ArrayRecordSet, from_bytes, to_bytes
 from gigatok_jax.data.packing import finished_records, pack
 
@@ -151,6 +151,18 @@ def test_wrong_folders_and_damaged_files_are_told(folder, tmp_path, monkeypatch)
         (out / "dataset.json").write_text(broken)
         with pytest.raises(ValueError, match=message):
             ArrayRecordSet(out)
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(array_record.resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(array_record.resource, "setrlimit", lambda kind, limit: limits.append(limit))
+    array_record.allow_open_files(100)
+    assert len(limits) == 1
+    array_record.allow_open_files(1024)
+    assert limits[1:] == [(1536, 4096)]
+    with pytest.raises(ValueError, match=r"4000 shards stay open, this process may open 4096 files: raise"):
+        array_record.allow_open_files(4000)
 
 
 def test_records_are_described_by_themselves():
