@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import logging
-from grain.experimental import index_shuffle
+from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
 
 from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
@@ -227,9 +227,11 @@ def read_batches(
     elements = grain.MapDataset.range(start * rows, stop * rows).map(load)
     if num_workers == 0:
         # Threads share out the elements of a batch, so the first batch is early and memory stays small.
-        ahead = max(prefetch * rows, num_threads)
-        reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
-        return elements.to_iter_dataset(reading).batch(rows, batch_fn=stack_rows)
+        reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+        batches = elements.to_iter_dataset(reading).batch(rows, batch_fn=stack_rows)
+        # A thread of its own collects them: taking an element costs a turn at the interpreter lock, which the reading
+        # threads hold, and the consumer would wait for one turn per row although every row is there.
+        return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch) if num_threads else batches
     # Workers take every num_workers-th item: batched first, an item is a whole batch and keeps its rows.
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
     batches = elements.batch(rows, batch_fn=stack_rows).to_iter_dataset(reading)

@@ -2,6 +2,8 @@
 
 import logging
 import multiprocessing
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -205,6 +207,30 @@ def test_too_many_bad_records_stop_the_run(tmp_path, num_workers):
         pytest.raises(RuntimeError, match=r"20 records in a row are bad, the first is \d+.png: .*not a JPEG"),
     ):
         next(loader)
+
+
+def test_batches_are_collected_outside_the_consumers_thread(monkeypatch):
+    # Collecting in `next` costs a turn at the interpreter lock per row: 100 ms for a ready batch of 64 on two cores.
+    collectors = []
+    real = pipeline_lib.stack_rows
+    monkeypatch.setattr(pipeline_lib, "stack_rows", lambda e: collectors.append(threading.current_thread()) or real(e))
+    batches(Numbered(23))
+    assert len(collectors) == BASE["num_steps"] and threading.current_thread() not in collectors
+    # With no thread to read in, everything is done by the caller.
+    batches(Numbered(23), num_threads=0)
+    assert collectors[-1] is threading.current_thread()
+
+
+def test_closing_ends_the_threads():
+    before = threading.active_count()
+    with TrainLoader(Numbered(23), **(BASE | {"num_steps": 1000, "num_threads": 4})) as loader:
+        next(loader)
+        assert threading.active_count() >= before + 2
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
 
 
 def test_wait_is_measured():
