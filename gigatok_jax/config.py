@@ -162,8 +162,8 @@ def base() -> ConfigDict:
             schedule="cosine",  # or "constant", "wsd"
             decay_fraction=0.2,  # of the steps, at the end of "wsd"
             data=dict(
-                source="folder",
-                root="",
+                source="folder",  # or "array_record", "webdataset", "tfds", "imagenet2012", "emoji", "photographs"
+                root="",  # where the source's images are; "emoji": data/emoji
                 eval_source="",  # empty: no evaluation
                 eval_root="",
                 crop="adm",  # "adm", "scale" (random-scale crops of few large pictures), "center"

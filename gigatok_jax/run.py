@@ -148,6 +148,9 @@ class Run:
             self._report_pending()
             self.save(int(self.state.step))
             return True
+        except data.NoUsableImages:
+            self.save(int(self.state.step))
+            raise
         finally:
             self.checkpoints.wait()
 
@@ -252,6 +255,11 @@ class Run:
         with self.progress.pause():
             self.checkpoints.save(step, self.state, config=self.resolved, extra={"data": self.fingerprint})
 
+    def _input_wait_fraction(self) -> float | None:
+        """Waiting for input over the time that the steps of this start took at their last pace."""
+        steps, pace = int(self.state.step) - self.start, self.progress.step_seconds
+        return self.input_wait / (steps * pace) if pace else None
+
     def finish(self, seconds: float) -> None:
         """Writes the curves and `report.json`, and says where they are."""
         self.progress.end_line()
@@ -266,7 +274,7 @@ class Run:
                 "images_per_second": self.progress.images_per_second,
                 "step_seconds": self.progress.step_seconds,
                 "compile_seconds": None if idle else self.compile_seconds,
-                "input_wait_fraction": None if idle else self.input_wait / max(seconds, 1e-9),
+                "input_wait_fraction": None if idle else self._input_wait_fraction(),
                 "seconds": None if idle else seconds,
                 "bad_records": {**self.bad_records, **(self.evaluator.bad_records if self.evaluator else {})},
                 "devices": jax.device_count(),

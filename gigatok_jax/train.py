@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import distributed
+from gigatok_jax.data import NoUsableImages
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import NonFiniteRun, Run
 
@@ -35,7 +36,7 @@ def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, p
         try:
             status = stop.exit_status if run.train(stop) else 0
             run.finish(time.monotonic() - started)
-        except NonFiniteRun as error:
+        except (NonFiniteRun, NoUsableImages) as error:
             run.finish(time.monotonic() - started)
             sys.exit(f"error: {error}")
         finally:
