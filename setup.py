@@ -6,16 +6,19 @@ from setuptools import find_packages, setup
 
 CORE = [
     "absl-py>=2.1",
+    "array_record>=0.8",  # shards of images; also what grain and TFDS read
     "clu>=0.0.12",
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
     "ml_collections>=1.1",
+    "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "safetensors>=0.5",
+    "simplejpeg>=1.8",  # decodes JPEG faster than Pillow, to the same pixels; the code runs without it too
     "tensorboardX>=2.6",  # TensorBoard event files without TensorFlow
     "tensorflow-datasets>=4.9.10",
 ]

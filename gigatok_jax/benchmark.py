@@ -1,8 +1,10 @@
-"""Times a config's real train step, encode and decode on synthetic images; no data is read.
+"""Times a config's real train step, encode and decode on synthetic images, or its input alone on its real data.
 
     python -m gigatok_jax.benchmark --config=configs/quickstart.py --steps=10 --what=train,encode,decode
+    python -m gigatok_jax.benchmark --config=configs/quickstart.py --steps=100 --what=input --pace_ms=150
 
-Encode and decode take one microbatch (global batch / accumulate). The last line printed is one JSON object.
+Input takes the config's batches as an accelerator of that pace would (0: as fast as they come) and says how long it
+waited. Encode and decode take one microbatch (global batch / accumulate). The last line printed is one JSON object.
 """
 
 import json
@@ -20,7 +22,8 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from gigatok_jax import config, objectives, optim, sharding, train_state
+from gigatok_jax import config, data, objectives, optim, sharding, train_state
+from gigatok_jax.data.speed import measure_input
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import Phase, TokenizerObjective, to_unit_range
 from gigatok_jax.scaling.flops import Flops, count_flops
@@ -242,13 +245,33 @@ def describe(record: Mapping[str, Any]) -> str:
     )
 
 
+def input_speed(cfg: ConfigDict, *, steps: int, warmup: int, pace_ms: float) -> dict[str, Any]:
+    """The wait for this process' batches of a config (see `data.speed.measure_input`); nothing else is built."""
+    config.validate(cfg, jax.device_count())
+    mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
+    rows = sharding.process_rows(mesh, cfg.global_batch)
+    source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
+    names = ("crop", "flip", "permute_channels", "num_threads", "num_workers", "prefetch")
+    reading = {name: cfg.data[name] for name in names} | {"rows": rows, "image_size": cfg.tokenizer.image_size}
+    total = 1 + warmup + steps
+    loader = data.TrainLoader(source, global_batch=cfg.global_batch, seed=cfg.seed, num_steps=total, **reading)
+    facts = measure_input(loader, steps=steps, warmup=warmup, pace_ms=pace_ms)
+    print(
+        f"input: waited {facts['wait_ms']:.2f} ms for a batch, {facts['wait_fraction']:.1%} of the time, at "
+        f"{facts['images_per_second']:.1f} images/s; {facts['first_batch_ms']:.0f} ms for the first",
+        flush=True,
+    )
+    return {"global_batch": cfg.global_batch, "image_size": cfg.tokenizer.image_size, "input": facts}
+
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Called only where this module is the program, so that importing it leaves other programs' flags alone."""
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:b-l.", lock_config=True)
-    flags.DEFINE_list("what", list(WHAT), f"Any of {', '.join(WHAT)}.")
+    flags.DEFINE_list("what", list(WHAT), f"Any of {', '.join(WHAT)}; or input, alone.")
+    flags.DEFINE_float("pace_ms", 0.0, "Of input: milliseconds of a step, slept in its place.", lower_bound=0.0)
     flags.DEFINE_integer("steps", 10, "Timed calls.", lower_bound=1)
     flags.DEFINE_integer("warmup", 2, "Calls before them.", lower_bound=0)
     flags.DEFINE_integer("step", None, "Step, counted from 0, whose phase is trained; the last one by default.")
@@ -259,8 +282,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     try:
-        facts = benchmark(FLAGS.config, what=FLAGS.what, steps=FLAGS.steps, warmup=FLAGS.warmup, step=FLAGS.step)
-    except ValueError as error:
+        counts = {"steps": FLAGS.steps, "warmup": FLAGS.warmup}
+        if FLAGS.what == ["input"]:
+            facts = input_speed(FLAGS.config, **counts, pace_ms=FLAGS.pace_ms)
+        else:
+            facts = benchmark(FLAGS.config, what=FLAGS.what, step=FLAGS.step, **counts)
+    except (ValueError, OSError, ImportError) as error:
         logging.debug("while benchmarking", exc_info=True)
         sys.exit(f"error: {error}")
     print(json.dumps(facts))

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 # is computed. fnmatch patterns over dotted keys; "mesh.*" covers a plain "mesh" too. `num_steps` is not free:
 # schedules end there.
 RUN_ONLY_KEYS = (
-    "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "profile.*", "preemption_code",
+    "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*",
     "data.num_threads", "data.num_workers", "data.prefetch", "data.root", "data.eval_*", "max_skipped",
     # How it is computed; another choice may round differently, as another mesh does.
     "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat", "tokenizer.remat_convs", "tokenizer.unroll",

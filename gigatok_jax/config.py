@@ -21,6 +21,26 @@ VIT_SIZES = {  # width, layers, heads (GigaTok, arXiv 2504.08736, §3 and its co
 }
 
 
+INF = float("inf")
+# Least and greatest value of what has one; below or above, something far away would fail.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_steps", "global_batch", "accumulate", "max_skipped"), (1, INF)),
+    **dict.fromkeys(("data.prefetch", "eval.batch", "eval.num_images", "eval.grid", "checkpoint.keep_last"), (1, INF)),
+    **dict.fromkeys(("seed", "data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
+    **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
+    **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
+                     for size in ("width", "depth", "heads", "conv_blocks")), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{name}" for name in ("image_size", "num_latent_tokens", "features", "conv_base",
+                     "conv_multipliers", "norm_groups", "codebook_size", "code_dim", "codebook_chunk", "unroll",
+                     "distill_layer")), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{name}" for name in ("kernel_gain", "position_std", "teacher_dim")), (0, INF)),
+    **dict.fromkeys((f"groups.*.{name}" for name in ("learning_rate", "end_learning_rate", "warmup_steps", "eps",
+                     "weight_decay", "clip")), (0, INF)),
+    **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
+}  # fmt: skip
+
+
 def gigatok_tokenizer() -> ConfigDict:
     """The `tokenizer` section of GigaTok; sizes are those of S-S at 256 px."""
     return ConfigDict(
@@ -142,8 +162,8 @@ def base() -> ConfigDict:
             schedule="cosine",  # or "constant", "wsd"
             decay_fraction=0.2,  # of the steps, at the end of "wsd"
             data=dict(
-                source="folder",
-                root="",
+                source="folder",  # or "array_record", "webdataset", "tfds", "imagenet2012", "emoji", "photographs"
+                root="",  # where the source's images are; "emoji": data/emoji
                 eval_source="",  # empty: no evaluation
                 eval_root="",
                 crop="adm",  # "adm", "scale" (random-scale crops of few large pictures), "center"
@@ -180,9 +200,14 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
     Raises:
       ValueError: naming the field, its value and the mend.
     """
-    for field in ("num_steps", "global_batch", "accumulate"):
-        if cfg[field] < 1:
-            raise ValueError(f"config.{field}={cfg[field]} must be at least 1")
+    for field, (low, high) in BOUNDS.items():
+        for value in _values(cfg, field):
+            if isinstance(value, str) or not low <= value <= high:
+                raise ValueError(
+                    f"config.{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
+                )
+    if not cfg.tokenizer.conv_multipliers:
+        raise ValueError("config.tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
     if cfg.global_batch % cfg.accumulate:
         raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
     if num_devices is not None:
@@ -203,11 +228,17 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         "tokenizer.remat": ("none", "full", "dots"),
     }
     for field, allowed in choices.items():
-        node: Any = cfg
-        for part in field.split("."):
-            node = node[part]
-        if node not in allowed:
-            raise ValueError(f"config.{field}={node!r} is not one of {', '.join(allowed)}")
+        [value] = _values(cfg, field)
+        if value not in allowed:
+            raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _values(cfg: ConfigDict, field: str) -> list[Any]:
+    """What stands at a dotted field: one value, those of every group for "groups.*.x", those of a tuple."""
+    nodes: list[Any] = [cfg]
+    for part in field.split("."):
+        nodes = [child for node in nodes for child in (node.values() if part == "*" else [node[part]])]
+    return [value for node in nodes for value in (node if isinstance(node, (tuple, list)) else [node])]
 
 
 def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
@@ -217,6 +248,8 @@ def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
       ValueError: if they do not multiply to the device count, or the microbatch does not divide over them.
     """
     sizes = dict(cfg.mesh.to_dict())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"config.mesh={sizes}: an axis has at least 1 device, or -1 for all that are left")
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = 1
     for size in sizes.values():

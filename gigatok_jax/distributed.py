@@ -7,6 +7,7 @@ distinct, and only then does JAX take the port over.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -81,6 +82,14 @@ def is_main() -> bool:
 def from_main(value: bool) -> bool:
     """Process 0's value, in all of them: for what depends on a file that only it writes."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
+
+
+def same_everywhere(text: str) -> bool:
+    """Whether all processes hold the same text."""
+    if jax.process_count() == 1:
+        return True
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool((multihost_utils.process_allgather(mine) == mine).all())
 
 
 def _gather(coordinator, num_processes, process_id) -> tuple[str, int | None, int | None] | None:

@@ -71,6 +71,12 @@ def make_group(section: Mapping[str, Any], cfg: Mapping[str, Any]) -> Group:
         optax.scale_by_adam(section["b1"], section["b2"], section["eps"], mu_dtype=jnp.float32),
         optax.add_decayed_weights(section["weight_decay"]),
     )
+    try:
+        re.compile(section["trainable"])
+    except re.error as error:
+        raise ValueError(
+            f"config.groups.*.trainable={section['trainable']!r} is no regular expression: {error}"
+        ) from None
     rate = schedule(
         cfg["schedule"],
         peak=section["learning_rate"],
@@ -87,7 +93,16 @@ def _masked(group: Group, params: Any) -> optax.GradientTransformation:
 
 
 def init(group: Group, params: Any) -> optax.OptState:
-    """The optimiser state of a group's parameters."""
+    """The optimiser state of a group's parameters.
+
+    Raises:
+      ValueError: the group trains none of them.
+    """
+    if not any(jax.tree.leaves(group.mask(params))):
+        path = path_name(jax.tree_util.tree_leaves_with_path(params)[0][0])
+        raise ValueError(
+            f"config.groups.*.trainable={group.trainable!r} matches no whole parameter path such as {path!r}"
+        )
     return _masked(group, params).init(params)
 
 
@@ -115,7 +130,5 @@ def update(
 
 
 def average(group: Group, ema: Any, params: Any) -> Any:
-    """The exponential moving average after an update; `ema` is None where the group keeps none."""
-    if ema is None:
-        return None
+    """The exponential moving average after an update."""
     return jax.tree.map(lambda e, p: e + (1 - group.ema) * (p - e), ema, params)

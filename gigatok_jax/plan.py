@@ -38,12 +38,8 @@ def tokenizer_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: for an unknown family, or sizes that the family refuses.
     """
-    section = cfg["tokenizer"]
-    if section["family"] not in objectives.FAMILIES:
-        families = ", ".join(objectives.FAMILIES)
-        raise ValueError(f"config.tokenizer.family={section['family']!r} is not one of {families}")
-    section = {**section, "attention": "xla"}  # a fused kernel could not be traced without its device
-    tokenizer = objectives.FAMILIES[section["family"]](section, dtype=jnp.dtype(cfg["dtype"]))
+    section = {**cfg["tokenizer"], "attention": "xla"}  # a fused kernel could not be traced without its device
+    tokenizer = objectives.build_tokenizer(section, jnp.dtype(cfg["dtype"]))
     return jax.eval_shape(lambda image: tokenizer.init(jax.random.key(0), image), _image(cfg))["params"]
 
 

@@ -1,8 +1,8 @@
 """Being asked to stop: a signal sets a flag, the loop finishes its step, saves and leaves.
 
-    with StopSignal(every=10, preemption_code=cfg.preemption_code) as stop:
+    with StopSignal(preemption_code=42) as stop:
         for step in range(first, num_steps):
-            ...
+            state = update(state)
             if stop.agreed(step):
                 checkpointer.save(step + 1, state, config=config, wait=True)
                 break

@@ -20,7 +20,6 @@ from gigatok_jax.evals.report import write_report
 from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import broken_terms, compile_step
 
-MOSTLY_SHARDED = 0.05  # of the state's bytes may be whole on every device without a word
 SHOWN = ("loss/total", "loss/l2", "codebook/usage")
 
 
@@ -44,27 +43,17 @@ class Run:
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
         self.fingerprint = data.fingerprint(self.source)
+        if not distributed.same_everywhere(self.fingerprint["names"]):
+            raise ValueError(f"the processes list different images under config.data.root={cfg.data.root!r}")
         self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
-        share, whole = sharding.whole_leaves(self.abstract)
-        if cfg.sharding.preset != "replicated" and self.mesh.shape["fsdp"] > 1 and share > MOSTLY_SHARDED:
-            logging.warning(
-                "every device holds %.0f %% of the state whole, above all %s: no dimension of theirs divides by "
-                "config.mesh.fsdp=%d. A smaller fsdp with more data shards them",
-                *(100 * share, ", ".join(whole[:3]), self.mesh.shape["fsdp"]),
-            )
+        if warning := sharding.warning(self.abstract, self.mesh):
+            logging.warning("%s", warning)
         workdir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(
             workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last, keep_period=cfg.checkpoint.keep_period or None
         )
-        if self.checkpoints.latest_step() is None:
-            self.state = train_state.init(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
-        else:
-            same = {"config": self.resolved, "allow_config_change": allow_config_change}
-            self.state, extra = self.checkpoints.restore(self.abstract, **same)
-            if extra["data"] != self.fingerprint and not allow_config_change:
-                raise CheckpointMismatch(_other_data(extra["data"], self.fingerprint, cfg.data.root))
-            logging.info("resumed from step %d", int(self.state.step))
+        self.state = self._first_state(allow_config_change)
         self.start = int(self.state.step)
         self._steps: dict[Any, Any] = {}
         self.input_wait, self.compile_seconds, self.bad_records = 0.0, 0.0, {}
@@ -83,6 +72,23 @@ class Run:
         self.alarm = metrics.UsageAlarm(window_steps=-(-cfg.loss.usage_window // tokens))
         if main:
             (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
+
+    def _first_state(self, allow_config_change: bool) -> train_state.TrainState:
+        """The newest checkpoint, or a fresh start."""
+        if self.checkpoints.latest_step() is None:
+            return train_state.init(self.objective, self.groups, self.cfg.seed, self.mesh, self.cfg.sharding.preset)
+        same = {"config": self.resolved, "allow_config_change": allow_config_change}
+        state, extra = self.checkpoints.restore(self.abstract, **same)
+        before = extra.get("data", self.fingerprint)
+        if before != self.fingerprint and not allow_config_change:
+            raise CheckpointMismatch(
+                f"the checkpoint was trained on {before['records']} images (names {before['names'][:8]}…), "
+                f"config.data.root={self.cfg.data.root!r} has {self.fingerprint['records']} (names "
+                f"{self.fingerprint['names'][:8]}…): the order of samples would be another. Point config.data.root to "
+                "the same images, use another --workdir, or --allow_config_change to go on all the same"
+            )
+        logging.info("resumed from step %d", int(state.step))
+        return state
 
     def loader(self) -> data.TrainLoader:
         """The batches from the state's step on; a pure function of (seed, step)."""
@@ -142,6 +148,9 @@ class Run:
             self._report_pending()
             self.save(int(self.state.step))
             return True
+        except data.NoUsableImages:
+            self.save(int(self.state.step))
+            raise
         finally:
             self.checkpoints.wait()
 
@@ -186,7 +195,7 @@ class Run:
         """Logs a finished step, and stops the run where too many updates in a row were skipped.
 
         Raises:
-          NonFiniteRun: naming the terms that broke; `nonfinite_<process>.json` holds what rebuilds the batch.
+          NonFiniteRun: naming the terms that broke.
         """
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress.update(step + 1, scalars)
@@ -200,25 +209,29 @@ class Run:
         terms = broken_terms(scalars)
         logging.warning("step %d: update skipped, not finite: %s", step + 1, ", ".join(terms))
         if scalars["skipped_in_row"] >= self.cfg.max_skipped:
-            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
-            record = {
-                "step": step,
-                "seed": self.cfg.seed,
-                "key": np.asarray(jax.random.key_data(key)).tolist(),
-                "terms": terms,
-                "ids_of_this_process": np.asarray(ids).tolist(),
-            }
-            path = self.workdir / f"nonfinite_{jax.process_index()}.json"
-            path.write_text(json.dumps(record, indent=2) + "\n")
-            # The count starts anew for whoever goes on from here.
-            self.state = self.state._replace(skipped_in_row=self.state.skipped_in_row * 0)
-            self.save(int(self.state.step))
-            self.checkpoints.wait()
-            raise NonFiniteRun(
-                f"{int(scalars['skipped_in_row'])} updates in a row were not finite in: {', '.join(terms)}. The state "
-                f"is saved without them; {path} has the sample ids and key of step {step}. Raise --config.max_skipped "
-                "to go on past them, or lower the learning rate or the term's weight with --allow_config_change"
-            )
+            self._give_up(step, int(scalars["skipped_in_row"]), terms, ids)
+
+    def _give_up(self, step: int, skipped: int, terms: list[str], ids: np.ndarray) -> None:
+        """Saves, writes down what rebuilds the batch of `step`, and raises NonFiniteRun."""
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+        record = {
+            "step": step,
+            "seed": self.cfg.seed,
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "terms": terms,
+            "ids_of_this_process": np.asarray(ids).tolist(),
+        }
+        path = self.workdir / f"nonfinite_{jax.process_index()}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        # The count starts anew for whoever goes on from here.
+        self.state = self.state._replace(skipped_in_row=self.state.skipped_in_row * 0)
+        self.save(int(self.state.step))
+        self.checkpoints.wait()
+        raise NonFiniteRun(
+            f"{skipped} updates in a row were not finite in: {', '.join(terms)}. The state is saved without them; "
+            f"{path} has the sample ids and key of step {step}. Raise --config.max_skipped to go on past them, or "
+            "lower the learning rate or the term's weight with --allow_config_change"
+        )
 
     def evaluate(self, step: int, stop: StopSignal) -> None:
         """Scores held-out images with the averaged weights where there are any, and draws them.
@@ -242,6 +255,11 @@ class Run:
         with self.progress.pause():
             self.checkpoints.save(step, self.state, config=self.resolved, extra={"data": self.fingerprint})
 
+    def _input_wait_fraction(self) -> float | None:
+        """Waiting for input over the time that the steps of this start took at their last pace."""
+        steps, pace = int(self.state.step) - self.start, self.progress.step_seconds
+        return self.input_wait / (steps * pace) if pace else None
+
     def finish(self, seconds: float) -> None:
         """Writes the curves and `report.json`, and says where they are."""
         self.progress.end_line()
@@ -256,7 +274,7 @@ class Run:
                 "images_per_second": self.progress.images_per_second,
                 "step_seconds": self.progress.step_seconds,
                 "compile_seconds": None if idle else self.compile_seconds,
-                "input_wait_fraction": None if idle else self.input_wait / max(seconds, 1e-9),
+                "input_wait_fraction": None if idle else self._input_wait_fraction(),
                 "seconds": None if idle else seconds,
                 "bad_records": {**self.bad_records, **(self.evaluator.bad_records if self.evaluator else {})},
                 "devices": jax.device_count(),
@@ -265,15 +283,6 @@ class Run:
                 print(path)
         self.writer.close()
         self.checkpoints.close()
-
-
-def _other_data(saved: Mapping[str, Any], now: Mapping[str, Any], root: str) -> str:
-    return (
-        f"the checkpoint was trained on {saved['records']} images (names {saved['names'][:8]}…), "
-        f"config.data.root={root!r} has {now['records']} (names {now['names'][:8]}…): the order of samples would be "
-        "another. Point config.data.root to the same images, use another --workdir, or --allow_config_change to go on "
-        "all the same"
-    )
 
 
 def _every(step: int, interval: int) -> bool:

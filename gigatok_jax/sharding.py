@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"distill/layer\d/kernel$", ("embed", "mlp")),
     (r"adaptive/(scale|bias)/kernel$", (None, "channels")),
     (r"(cnn|discriminator)/.*conv.*/kernel$|cnn/.*/kernel$", (None, None, None, "channels")),
+    (r"discriminator/logits/kernel$", (None, None, "channels", None)),
     (r"decoder/project/kernel$", (None, None, "embed", None)),
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
@@ -86,6 +87,17 @@ def whole_leaves(abstract: Any) -> tuple[float, list[str]]:
     whole = [path_name(path) for path, leaf in leaves if leaf.sharding.is_fully_replicated]
     share = sum(sizes[name] for name in whole) / max(sum(sizes.values()), 1)
     return share, sorted(whole, key=sizes.__getitem__, reverse=True)
+
+
+def warning(abstract: Any, mesh: Mesh) -> str | None:
+    """What to say about a placed state of which every device holds much whole although there is an fsdp axis."""
+    share, whole = whole_leaves(abstract)
+    if mesh.shape["fsdp"] == 1 or share < 0.05 or share == 1:  # 1: the preset is "replicated"
+        return None
+    return (
+        f"every device holds {share:.0%} of the state whole, above all {', '.join(whole[:3])}: no rule names them, or "
+        f"config.mesh.fsdp={mesh.shape['fsdp']} divides none of their dimensions (a smaller fsdp with more data does)"
+    )
 
 
 def state_shardings(abstract: Any, mesh: Mesh, preset: str) -> Any:

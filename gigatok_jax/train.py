@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import distributed
+from gigatok_jax.data import NoUsableImages
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import NonFiniteRun, Run
 
@@ -23,19 +24,23 @@ def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, p
     """Trains to the end or to a signal; returns the exit status."""
     with StopSignal(preemption_code=preemption_code) as stop:
         try:
+            if "://" in workdir:
+                raise ValueError(
+                    f"--workdir={workdir}: metrics and pictures need a folder; mount the bucket and name that"
+                )
             run = Run(cfg, Path(workdir), allow_config_change)
         except (ValueError, OSError, ImportError) as error:
             logging.debug("while building the run", exc_info=True)
             sys.exit(f"error: {error}")
-        started = time.monotonic()
+        started, status = time.monotonic(), 1
         try:
-            stopped = run.train(stop)
-        except NonFiniteRun as error:
+            status = stop.exit_status if run.train(stop) else 0
+            run.finish(time.monotonic() - started)
+        except (NonFiniteRun, NoUsableImages) as error:
             run.finish(time.monotonic() - started)
             sys.exit(f"error: {error}")
-        run.finish(time.monotonic() - started)
-        status = stop.exit_status if stopped else 0
-        stop.end_process_if_left_behind(status)
+        finally:
+            stop.end_process_if_left_behind(status)
         return status
 
 

@@ -87,3 +87,11 @@ def test_program_says_what_it_cannot_load():
     done = run_benchmark("--config=configs/gigatok.py:s-s")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: config.loss.perceptual_weight" in done.stderr
+
+
+def test_program_measures_the_input_of_a_config_that_cannot_be_built_here():
+    options = ("--config.data.source=photographs", "--config.global_batch=2", "--what=input", "--steps=2", "--warmup=0")
+    done = run_benchmark("--config=configs/gigatok.py:s-s", *options, "--pace_ms=5")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["image_size"] == 256 and facts["input"]["steps"] == 2 and facts["input"]["wait_ms"] > 0

@@ -114,3 +114,31 @@ def test_losses_that_need_a_network_say_so():
     with pytest.raises(ValueError, match="patchgan"):
         objectives.build(tiny_run(discriminator__name="dino"))
     config.validate(tiny_run(), 8)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tokenizer.codebook_chunk", 0),
+        ("tokenizer.norm_groups", 0),
+        ("tokenizer.encoder_heads", 0),
+        ("tokenizer.conv_multipliers", ()),
+        ("tokenizer.conv_multipliers", (1, 0)),
+        ("data.prefetch", 0),
+        ("data.num_threads", -1),
+        ("seed", -1),
+        ("eval.grid", 0),
+        ("groups.tokenizer.ema", 1.5),
+        ("decay_fraction", 2.0),
+        ("mesh.data", 0),
+    ],
+)
+def test_values_out_of_bounds_are_named(field, value):
+    cfg = tiny_run()
+    *path, name = field.split(".")
+    node = cfg
+    for part in path:
+        node = node[part]
+    node[name] = value
+    with pytest.raises(ValueError, match=name if field != "mesh.data" else "config.mesh"):
+        config.validate(cfg, 8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigatok_jax import objectives, optim, run, sharding, train_state
+from gigatok_jax import data, objectives, optim, run, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.config import to_json
 from gigatok_jax.metrics import read_metrics
@@ -169,6 +169,9 @@ def test_terminated_in_the_middle_of_something(uninterrupted, tmp_path, moment):
     assert_same_run(tmp_path, uninterrupted)
     if evaluation:
         assert read_metrics(tmp_path / "metrics.jsonl", ["eval/psnr"])["eval/psnr"][0].tolist() == [0, 4, 8]
+        report = json.loads((tmp_path / "report.json").read_text())
+        for key in ("psnr_first", "psnr_last", "psnr_mean_colour", "codebook_usage", "images_per_second"):
+            assert np.isfinite(report[key]), key
 
 
 def test_a_folder_with_broken_images_trains_through(tmp_path):
@@ -189,8 +192,8 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
         "class1/empty.png": b"",
         "class1/huge.png": huge_png_header(60_000),
     }
-    for name, data in broken.items():
-        (root / name).write_bytes(data)
+    for name, content in broken.items():
+        (root / name).write_bytes(content)
     Image.new("RGB", (1, 1)).save(root / "class1" / "one.png")
     cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, **NO_GAN)
     cfg.mesh.update(data=1, fsdp=8)
@@ -201,6 +204,9 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["bad_records"]) == {*broken, "class1/one.png"}
     assert report["num_steps"] == 5
+    used = {one.source.name_of(i) for batch in loader_at(cfg, 0, one.source, 5) for i in batch["id"]}
+    assert used == {f"class{i % 2}/good{i}.png" for i in range(6)} | {"class0/cmyk.jpg", "class0/palette.png",
+                                                                      "class1/sixteen.png"}  # fmt: skip
 
 
 def huge_png_header(side):
@@ -216,21 +222,20 @@ def huge_png_header(side):
 
 def test_too_many_broken_updates_stop_the_run_and_say_how_to_rebuild_the_batch(tmp_path):
     cfg = tiny_run(num_steps=8, loss__commitment_weight=float("inf"), **NO_GAN)
+    one = run.Run(cfg, tmp_path)
     with StopSignal() as stop, pytest.raises(run.NonFiniteRun, match=r"3 updates in a row.*commitment"):
-        one = run.Run(cfg, tmp_path)
         one.train(stop)
     record = json.loads((tmp_path / "nonfinite_0.json").read_text())
     assert record["terms"] == ["commitment"] and record["step"] == 2
-    rebuilt = next(iter(loader_at(cfg, record["step"])))
+    rebuilt = next(loader_at(cfg, record["step"], one.source, record["step"] + 1))
     assert rebuilt["id"].tolist() == record["ids_of_this_process"]
 
 
-def loader_at(cfg, step):
-    from gigatok_jax import data
-
+def loader_at(cfg, first, source, stop):
+    """The batches of steps [first, stop)."""
     return data.TrainLoader(
-        data.make_source("photographs"), global_batch=cfg.global_batch, seed=cfg.seed, num_steps=step + 1,
-        start_step=step, image_size=cfg.tokenizer.image_size, crop=cfg.data.crop, flip=cfg.data.flip, num_threads=1,
+        source, global_batch=cfg.global_batch, seed=cfg.seed, num_steps=stop, start_step=first,
+        image_size=cfg.tokenizer.image_size, crop=cfg.data.crop, flip=cfg.data.flip, num_threads=1,
     )  # fmt: skip
 
 

@@ -151,10 +151,11 @@ def full_batch_arrays(text):
     return re.findall(r"(?:f32|u8|bf16)\[24,(?:\d+,\d+,\d+|8,16|16,16)\]", text)
 
 
-def test_the_compiled_step_keeps_the_batch_split():
+@pytest.mark.parametrize("name, share", [("fsdp", 3), ("mixed", 6)])
+def test_the_compiled_step_keeps_the_batch_split(name, share):
     """Also where the convolutions' kernels are split over the batch's own axis."""
-    text = compiled_text("fsdp")
-    assert "u8[3,8,8,3]" in text
+    text = compiled_text(name)
+    assert f"u8[{share},8,8,3]" in text
     assert not full_batch_arrays(text)
 
 
@@ -229,8 +230,8 @@ def test_discriminator_is_untouched_before_its_start():
     assert [int(count) for count in counts] == [1]  # its own count, not the global step
 
 
-TERMS = ("l2", "direct_l2", "codebook", "commitment", "entropy", "feature", "semantic", "adversarial",
-         "direct_adversarial", "discriminator", "direct_discriminator", "lecam")  # fmt: skip
+TERMS = ("l2", "direct_l2", "perceptual", "direct_perceptual", "codebook", "commitment", "entropy", "feature",
+         "semantic", "adversarial", "direct_adversarial", "discriminator", "direct_discriminator", "lecam")  # fmt: skip
 
 
 class Poisoned(TokenizerObjective):
@@ -256,12 +257,15 @@ def poison(terms, holder):
 @pytest.fixture(scope="module")
 def adversarial_step():
     """The step of a phase that has every term, its state and batch; one program for every poison."""
-    cfg = tiny_run(tokenizer__teacher_dim=12, loss__semantic_weight=0.5)
+    cfg = tiny_run(tokenizer__teacher_dim=12, loss__semantic_weight=0.5, loss__perceptual_weight=1.0)
 
     def teacher(frozen, image):
         return jnp.ones((image.shape[0], 16, 12)) * image.mean((1, 2, 3))[:, None, None]
 
-    honest = objectives.build(cfg, teachers={"semantic": teacher})
+    def distance(frozen, image, target):
+        return jnp.mean(jnp.abs(image - target))
+
+    honest = objectives.build(cfg, teachers={"semantic": teacher, "perceptual": distance})
     groups = adam_groups(cfg)
     _, state, batch = build(cfg, honest, groups, ONE)
     step = jax.jit(make_train_step(Poisoned(*honest), groups, honest.phase(1), seed=0))
@@ -271,7 +275,7 @@ def adversarial_step():
         if term:
             factors[TERMS.index(term)] = np.nan
         before = state._replace(params=params or state.params, state={**state.state, "factors": jnp.asarray(factors)})
-        after, metrics = step(before, {"semantic": None, "factors": factors}, batch)
+        after, metrics = step(before, {"semantic": None, "perceptual": None, "factors": factors}, batch)
         return before, after, {name: float(value) for name, value in metrics.items()}
 
     return run
@@ -382,6 +386,27 @@ def test_mesh_and_batch_errors():
     cfg.global_batch = 12
     with pytest.raises(ValueError, match="does not divide over data x fsdp = 8"):
         config.check_mesh(cfg, 8)
+
+
+@pytest.mark.golden
+def test_published_schedules(golden):
+    """Learning rates of the published code, base 1e-4 over 10,000 steps; warm-ups of 0 and 500."""
+    io = np.load(golden / "gigatok" / "schedules.npz")
+    cases = {"cosine_v2_w0": ("cosine", 1e-5, 0), "cosine_v2_w500": ("cosine", 1e-5, 500),
+             "wsd_w500_f02": ("wsd", 0.0, 500), "const_w500": ("constant", 0.0, 500)}  # fmt: skip
+    for name, (kind, end, warmup) in cases.items():
+        rate = optim.schedule(kind, peak=1e-4, end=end, warmup=warmup, num_steps=10_000, decay_fraction=0.2)
+        known = np.isfinite(io[name])  # the published "wsd" is NaN after its last step
+        ours = np.array([float(rate(step)) for step in io["steps"]])
+        assert np.isfinite(ours).all() and known.sum() > 10
+        np.testing.assert_allclose(ours[known], io[name][known], rtol=1e-5, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("pattern, message", [("(", "no regular expression"), ("encoder", "matches no whole")])
+def test_a_trainable_pattern_that_cannot_work_is_refused(pattern, message):
+    cfg, objective = tiny_objective(groups__tokenizer__trainable=pattern)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: train_state.create(objective, adam_groups(cfg), 0))
 
 
 def test_wsd_decays_to_its_end_rate():

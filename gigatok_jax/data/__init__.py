@@ -1,19 +1,27 @@
 """Images in, batches out: numpy and grain, never models."""
 
+from gigatok_jax.data.array_record import ArrayRecordSet
 from gigatok_jax.data.decode import BadRecord, decode_image
 from gigatok_jax.data.evaluation import eval_batches, eval_crops
-from gigatok_jax.data.pipeline import CROPS, TrainLoader, fingerprint, sample_ids
-from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, Record, Source, make_source
+from gigatok_jax.data.pipeline import CROPS, NoUsableImages, TrainLoader, fingerprint, sample_ids
+from gigatok_jax.data.records import Encoded, EncodedSource, Record, Source
+from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, make_source
 from gigatok_jax.data.transforms import adm_center_crop, adm_random_crop, horizontal_flip, random_scale_crop
+from gigatok_jax.data.webdataset import TarImages
 
 __all__ = [
     "CROPS",
     "SOURCES",
+    "ArrayRecordSet",
     "BadRecord",
+    "Encoded",
+    "EncodedSource",
     "ImageFolder",
+    "NoUsableImages",
     "Photographs",
     "Record",
     "Source",
+    "TarImages",
     "TrainLoader",
     "adm_center_crop",
     "adm_random_crop",

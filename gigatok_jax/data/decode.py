@@ -1,6 +1,7 @@
 """Bytes of an image file to an RGB array, with every refusal told as a `BadRecord`."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: PIL gives the same pixels, more slowly
+    simplejpeg: Any = None
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
@@ -66,7 +72,8 @@ def decode_image(
 
     Sizes are read from the header and checked before any pixel is decoded. EXIF orientation is applied; alpha
     is composited over white; CMYK, palette, grey and 1-bit images become RGB. A 16-bit grey value v becomes
-    round(v / 257); 16-bit colour keeps its high byte (PIL reads no more).
+    round(v / 257); 16-bit colour keeps its high byte (PIL reads no more). JPEG pixels are those of PIL, whether or
+    not simplejpeg is there to decode them faster.
 
     Args:
         data: the whole file.
@@ -88,10 +95,14 @@ def decode_image(
     try:
         picture = _open(data)
         _check_size(picture.size, name, max_pixels, min_side)
-        picture.load()
+        pixels = _fast_jpeg(picture, data)
+        if pixels is None:
+            picture.load()
         # After load(): a PNG may hold EXIF behind its pixels, and TIFF applies its orientation in load().
         turn = _EXIF_TURNS.get(_orientation(picture))
-        rgb = _to_rgb(picture)
+        if pixels is not None and turn is None:
+            return pixels
+        rgb = _to_rgb(picture) if pixels is None else Image.fromarray(pixels)
     except BadRecord:
         raise
     except Exception as error:
@@ -105,6 +116,22 @@ def _open(data: bytes) -> Image.Image:
         if data.startswith(signature):
             return reader(io.BytesIO(data))
     raise ValueError("not a JPEG, PNG, WEBP, BMP, GIF or TIFF file")
+
+
+def _fast_jpeg(picture: Image.Image, data: bytes) -> np.ndarray | None:
+    """The pixels of a plain, undamaged JPEG; None where PIL is to read it, or to say what is wrong with it.
+
+    Both libraries are libjpeg-turbo with its slow, exact inverse transform and smooth upsampling; a test compares
+    them. The result must not depend on which is installed, or a run could not go on on another machine.
+    """
+    if simplejpeg is None or not isinstance(picture, JpegImageFile) or picture.mode not in ("L", "RGB"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        # Also for what libjpeg merely warns of, and PIL reads in silence.
+        return None
+    return pixels if pixels.shape[1::-1] == picture.size else None
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:

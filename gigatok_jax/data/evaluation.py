@@ -7,7 +7,7 @@ import numpy as np
 from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
 from gigatok_jax.data.pipeline import read_batches, report_bad, require
-from gigatok_jax.data.sources import Source
+from gigatok_jax.data.records import Source
 
 
 class _LoadCentered:

@@ -15,18 +15,19 @@ from typing import Any
 import grain
 import numpy as np
 from absl import logging
-from grain.experimental import index_shuffle
+from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
 
 from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
-from gigatok_jax.data.sources import Record, Source
+from gigatok_jax.data.records import Record, Source
 
 CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
     "adm": lambda image, size, rng: transforms.adm_random_crop(image, size, transforms.integers_of(rng)),
     "scale": transforms.random_scale_crop,
     "center": lambda image, size, rng: transforms.adm_center_crop(image, size),
 }
-MAX_ATTEMPTS = 16
+# Records tried for one position: all of a small set; so many bad ones in a row mean that the whole set is broken.
+MAX_ATTEMPTS = 256
 # Distance in the permuted order to a bad record's substitute: far, so that it is rarely in the same batch.
 _SUBSTITUTE_STRIDE = 1_000_003
 # index_shuffle walks a domain of 2**16 even for nine records (3 ms each): small sets use a stored table.
@@ -53,10 +54,15 @@ def sample_ids(seed: int, step: int, global_batch: int, num_records: int) -> np.
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """{"records": N, "names": SHA-256 of the names in order}: two sources of one fingerprint give the same samples."""
+    """{"records": N, "names": SHA-256 of what the source calls its identity, or of the names in order}.
+
+    What the files of a folder or tar hold is not looked at.
+    """
+    identity = getattr(source, "identity", None)
+    named = [identity] if identity else (source.name_of(index) for index in range(len(source)))
     digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(source.name_of(index).encode() + b"\0")
+    for name in named:
+        digest.update(name.encode() + b"\0")
     return {"records": len(source), "names": digest.hexdigest()}
 
 
@@ -110,10 +116,14 @@ class _Load:
             except BadRecord as error:
                 bad.append((error.name, error.reason))
         name, reason = bad[0]
-        raise RuntimeError(
+        raise NoUsableImages(
             f"no usable image at position {position}: {attempts} records in a row are bad, the first is "
             f"{name}: {reason}"
         )
+
+
+class NoUsableImages(RuntimeError):
+    """Every record tried for a position is bad."""
 
 
 def stack_rows(elements: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,8 +168,8 @@ class TrainLoader:
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: in `next`, where 16 records in a row are bad (with num_workers, grain re-raises it from
-            the worker).
+        RuntimeError: in `next`, where 256 records in a row are bad, or all of a smaller set (with num_workers, grain
+            re-raises it from the worker).
     """
 
     def __init__(
@@ -235,9 +245,11 @@ def read_batches(
     elements = grain.MapDataset.range(start * rows, stop * rows).map(load)
     if num_workers == 0:
         # Threads share out the elements of a batch, so the first batch is early and memory stays small.
-        ahead = max(prefetch * rows, num_threads)
-        reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
-        return elements.to_iter_dataset(reading).batch(rows, batch_fn=stack_rows)
+        reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+        batches = elements.to_iter_dataset(reading).batch(rows, batch_fn=stack_rows)
+        # A thread of its own collects them: taking an element costs a turn at the interpreter lock, which the reading
+        # threads hold, and the consumer would wait for one turn per row although every row is there.
+        return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch) if num_threads else batches
     # Workers take every num_workers-th item: batched first, an item is a whole batch and keeps its rows.
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
     batches = elements.batch(rows, batch_fn=stack_rows).to_iter_dataset(reading)

@@ -7,36 +7,18 @@ pipeline's to decide. Sources are pickled to worker processes, so they hold name
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from gigatok_jax.data.array_record import ArrayRecordSet
 from gigatok_jax.data.decode import MAX_BYTES, MAX_PIXELS, MIN_SIDE, BadRecord, decode_image
+from gigatok_jax.data.records import Encoded, EncodedSource, Record, Source
+from gigatok_jax.data.webdataset import TarImages
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class Record(NamedTuple):
-    """One labelled picture."""
-
-    image: np.ndarray  # (H, W, 3) uint8
-    label: int  # index into the source's class_names
-    name: str  # unique within the source
-
-
-class Source(Protocol):
-    """What the pipeline asks of a source."""
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-    def name_of(self, index: int) -> str: ...
-
-
-class ImageFolder:
+class ImageFolder(EncodedSource):
     """Images in a folder tree; an image's class is the first sub-folder on its path.
 
     Classes are the sorted sub-folders that hold an image at any depth; images directly in `root` are of class
@@ -62,7 +44,7 @@ class ImageFolder:
         min_side: int = MIN_SIDE,
     ):
         self.root = Path(root)
-        self._limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
+        self.limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"image folder {str(self.root)!r} is not a folder: give the path of a folder of images, "
@@ -84,11 +66,11 @@ class ImageFolder:
         """Path relative to the root, with forward slashes."""
         return self._names[index]
 
-    def __getitem__(self, index: int) -> Record:
-        """Reads and decodes one file; raises BadRecord where that fails."""
+    def read(self, index: int) -> Encoded:
+        """The file's bytes; raises BadRecord where it cannot be read or is too large."""
         name = self._names[index]
-        image = decode_image(_read(self.root / name, name, self._limits["max_bytes"]), name, **self._limits)
-        return Record(image, self._labels[_class_of(name)], name)
+        data = _read(self.root / name, name, self.limits["max_bytes"])
+        return Encoded(data, self._labels[_class_of(name)], name)
 
 
 class Photographs:
@@ -156,26 +138,51 @@ def make_source(name: str, *, root: str | os.PathLike | None = None, split: str 
     """Builds a source by name.
 
     Args:
-        name: a key of `SOURCES`: "folder" (needs `root`; `split` is not used) or "photographs".
-        root: the folder of images.
-        split: "train" or "eval".
+        name: a key of `SOURCES`.
+        root: where the images are; each source's own class says in which form. "photographs" needs none, "emoji"
+            and "imagenet2012" have a usual place.
+        split: "train" or "eval". "folder" and "webdataset" do not use it: there each split is a root of its own.
 
     Raises:
-        ValueError: unknown name, or an argument the source needs is missing.
+        ValueError: unknown name, an argument the source needs is missing, or what is there cannot be used.
+        OSError: there is nothing at `root`.
     """
     if name not in SOURCES:
         raise ValueError(f"unknown image source {name!r}; sources: {', '.join(sorted(SOURCES))}")
-    return SOURCES[name](root, split)
+    kind, usual_root, make = SOURCES[name]
+    if not root and usual_root is None:
+        raise ValueError(f"image source {name!r} needs root, the path of {kind}")
+    return make(root or usual_root, split)
 
 
-def _make_folder(root: str | os.PathLike | None, split: str) -> ImageFolder:
-    del split  # each split is a folder of its own
-    if not root:
-        raise ValueError('image source "folder" needs root, the path of a folder of images')
-    return ImageFolder(root)
+def _make_tfds(root: str | os.PathLike, split: str) -> Source:
+    from gigatok_jax.data.tfds import TfdsImages  # imported on use: half a second, for this source alone
+
+    return TfdsImages(root, split)
 
 
-SOURCES = {"folder": _make_folder, "photographs": lambda root, split: Photographs(split)}
+def _make_imagenet(root: str | os.PathLike, split: str) -> Source:
+    return _make_tfds(Path(root).expanduser() / "imagenet2012", split)
+
+
+# name: (what root is, the usual root where there is one, root and split -> source)
+SOURCES = {
+    "array_record": ("a folder that gigatok_jax.pack wrote", None, ArrayRecordSet),
+    "emoji": ("a folder that gigatok_jax.pack --source=emoji wrote", "data/emoji", ArrayRecordSet),
+    "folder": ("a folder of images", None, lambda root, split: ImageFolder(root)),
+    "imagenet2012": (
+        "a TFDS data folder, in which imagenet2012/ is",
+        os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"),
+        _make_imagenet,
+    ),
+    "photographs": ("nothing", "", lambda root, split: Photographs(split)),
+    "tfds": ("a TFDS dataset, such as .../imagenet2012/5.1.0", None, _make_tfds),
+    "webdataset": (
+        "a folder of tars, one tar, or a pattern such as train-*.tar",
+        None,
+        lambda root, _: TarImages(root),
+    ),
+}
 
 
 def _class_of(name: str) -> str:

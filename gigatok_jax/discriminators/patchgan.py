@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.nn.conv import Conv
+
 PAD = 1  # as published, whatever the kernel
 
 
@@ -107,7 +109,7 @@ class PatchGAN(nn.Module):
 
     def _conv(self, name: str, x: jax.Array, channels: int, *, stride: int, use_bias: bool) -> jax.Array:
         bound = (x.shape[-1] * self.kernel**2) ** -0.5  # PyTorch's default bias: uniform within 1/√fan_in
-        return nn.Conv(
+        return Conv(
             channels,
             (self.kernel, self.kernel),
             strides=stride,

@@ -1,4 +1,4 @@
-"""Adversarial losses on the logits of a discriminator, and the adaptive weight of VQGAN.
+"""Adversarial losses on the logits of a discriminator.
 
 Logits have any shape, usually (B, h, w, 1), and any range; a discriminator loss is 0.5 · (real term + fake
 term), as in GigaTok's `vq_loss.py`. None of these stops a gradient: what is trained is the caller's choice.
@@ -77,25 +77,3 @@ def published_non_saturating_g(fake: jax.Array) -> jax.Array:
 # No generator is called "vanilla": such a discriminator plays against "hinge" (VQGAN) or "non_saturating".
 DISCRIMINATOR_LOSSES = {"hinge": hinge_d, "vanilla": vanilla_d, "non_saturating": non_saturating_d}
 GENERATOR_LOSSES = {"hinge": hinge_g, "non_saturating": non_saturating_g}
-
-
-def adaptive_weight(rec_grad: jax.Array, adv_grad: jax.Array, eps: float = 1e-4, max: float = 1e4) -> jax.Array:
-    """clip(‖rec_grad‖ / (‖adv_grad‖ + eps), 0, max): balances adversarial against reconstruction gradients.
-
-    From VQGAN (Esser et al. 2021), `calculate_adaptive_weight` in GigaTok's `vq_loss.py`.
-
-    Args:
-      rec_grad: gradient of reconstruction + perceptual loss in the decoder's last kernel, any shape.
-      adv_grad: gradient of the generator's adversarial loss in the same kernel.
-      eps: added to the denominator.
-      max: upper bound of the weight.
-
-    Returns:
-      float32 scalar in [0, max] without a gradient.
-    """
-    ratio = _norm(rec_grad) / (_norm(adv_grad) + eps)
-    return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, max))
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))

@@ -129,8 +129,8 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 class Stack(nn.Module):
     """`depth` equal layers whose parameters are stacked on a leading axis, scanned and rematerialised.
 
-    Taps are static: the scan is split at them, so a tap costs one activation and not one per layer. `taps=(3,)` gives
-    the output of the third layer.
+    Taps are static: each rides along the scan as one activation that its layer writes, so neither activations nor
+    copies of the weights grow with depth. `taps=(3,)` gives the output of the third layer.
     """
 
     layer: str
@@ -163,22 +163,22 @@ class Stack(nn.Module):
             keys = jax.random.split(key, self.depth)
             return jax.vmap(lambda key: layer.init(key, x_BND, *context)["params"])(keys)
 
-        def body(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return constrain(layer.apply({"params": params}, x, *context), "batch", None, "embed"), None
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            return constrain(layer.apply({"params": params}, x, *context), "batch", None, "embed")
 
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def body(carry: tuple[jax.Array, dict[int, jax.Array]], numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            (x, tapped), (number, params) = carry, numbered
+            x = apply(params, x)
+            return (x, {tap: jnp.where(number == tap, x, before) for tap, before in tapped.items()}), None
+
         params = self.param("layers", init)
-        ends = sorted({*taps, self.depth})
-        sizes = [end - start for start, end in zip([0, *ends], ends)]
-        # `lax.split` transposes to one concatenation, so the gradient is not summed from padded copies.
-        leaves, treedef = jax.tree.flatten(params)
-        segments = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))
-        tapped: dict[int, jax.Array] = {}
-        for end, segment in zip(ends, segments):
-            x_BND, _ = jax.lax.scan(body, x_BND, jax.tree.unflatten(treedef, segment), unroll=self.unroll)
-            tapped[end] = x_BND
-        return x_BND, {tap: tapped[tap] for tap in taps}
+        tapped = {tap: constrain(jnp.zeros_like(x_BND), "batch", None, "embed") for tap in taps}
+        numbered = jnp.arange(1, self.depth + 1), params
+        (x_BND, tapped), _ = jax.lax.scan(body, (x_BND, tapped), numbered, unroll=self.unroll)
+        return x_BND, tapped
 
 
 def grid_context(stack: Stack, pos_ND: jax.Array) -> tuple[jax.Array | None, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, Weights
 from gigatok_jax.tokenizers import gigatok
+from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 FAMILIES = {"gigatok": gigatok.build}
 
@@ -27,10 +28,8 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> 
                 f"config.loss.{role}_weight={cfg['loss'][f'{role}_weight']} needs a frozen network that this version "
                 f"cannot load; train without it: --config.loss.{role}_weight=0"
             )
-    if cfg["tokenizer"]["family"] not in FAMILIES:
-        raise ValueError(f"config.tokenizer.family={cfg['tokenizer']['family']!r} is not one of {', '.join(FAMILIES)}")
     dtype = jnp.dtype(cfg["dtype"])
-    tokenizer = FAMILIES[cfg["tokenizer"]["family"]](cfg["tokenizer"], dtype=dtype)
+    tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
     if weights.semantic_weight and not cfg["tokenizer"]["teacher_dim"]:
         raise ValueError("config.loss.semantic_weight needs the distillation head: set config.tokenizer.teacher_dim")
     return TokenizerObjective(
@@ -41,6 +40,17 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> 
         teachers=teachers,
         accumulate=cfg["accumulate"],
     )
+
+
+def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
+    """The tokenizer of a config's section.
+
+    Raises:
+      ValueError: for an unknown family, or sizes that the family refuses.
+    """
+    if section["family"] not in FAMILIES:
+        raise ValueError(f"config.tokenizer.family={section['family']!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[section["family"]](section, dtype=dtype)
 
 
 def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | None:

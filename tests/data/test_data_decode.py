@@ -8,7 +8,7 @@ import pytest
 from data_zoo import encoded, png_header, smooth
 from PIL import Image
 
-from gigatok_jax.data import BadRecord, decode_image
+from gigatok_jax.data import BadRecord, decode, decode_image
 
 RGB = smooth(24, 36, 7)
 GREY = RGB[..., 0]
@@ -138,3 +138,71 @@ def test_refusals_name_the_record_and_the_reason(data, options, reason):
 
 def test_limits_are_inclusive():
     decode_image(encoded(Image.fromarray(RGB), "PNG"), "x", max_pixels=864, min_side=24)
+
+
+JPEG_OPTIONS = [
+    {"quality": quality, "subsampling": subsampling, "progressive": progressive, "optimize": progressive}
+    for quality in (10, 75, 95)
+    for subsampling in (0, 1, 2)
+    for progressive in (False, True)
+] + [{"restart_marker_blocks": 3}, {"keep_rgb": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}]
+
+
+def both_decoders(monkeypatch, data: bytes) -> list:
+    """The image or the reason against it, with simplejpeg and without."""
+    found = []
+    for library in (decode.simplejpeg, None):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "simplejpeg", library)
+            try:
+                found.append(decode_image(data, "x"))
+            except BadRecord as error:
+                found.append(error.reason)
+    return found
+
+
+def same(left, right) -> bool:
+    return left == right if isinstance(left, str) and isinstance(right, str) else np.array_equal(left, right)
+
+
+def jpegs() -> list[bytes]:
+    noisy = np.random.default_rng(0).integers(-40, 41, (53, 67, 3)) + smooth(53, 67, 5)
+    picture = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    files = [encoded(picture, "JPEG", **options) for options in JPEG_OPTIONS]
+    files += [encoded(picture.convert("L"), "JPEG", progressive=p) for p in (False, True)]
+    pixels = np.ascontiguousarray(np.asarray(picture))
+    return files + [decode.simplejpeg.encode_jpeg(pixels, colorsubsampling=s) for s in ("440", "411")]
+
+
+def test_simplejpeg_gives_pils_pixels(monkeypatch):
+    fast = []
+    real = decode._fast_jpeg
+    monkeypatch.setattr(decode, "_fast_jpeg", lambda *args: fast.append(real(*args)) or fast[-1])
+    for number, data in enumerate(jpegs()):
+        left, right = both_decoders(monkeypatch, data)
+        assert same(left, right), number
+    assert sum(pixels is not None for pixels in fast) == len(jpegs()), "every one of these is for simplejpeg"
+    both_decoders(monkeypatch, encoded(Image.new("CMYK", (40, 50)), "JPEG"))
+    assert fast[-2] is None, "CMYK is for PIL"
+
+
+def test_simplejpeg_gives_pils_verdict_on_damaged_files(monkeypatch):
+    rng, files, verdicts = np.random.default_rng(0), jpegs(), []
+    for _ in range(600):
+        data = bytearray(files[rng.integers(len(files))])
+        for place in rng.integers(2, len(data), 2):
+            data[place] = rng.integers(256)
+        if rng.random() < 0.2:
+            del data[int(rng.integers(len(data) // 2, len(data))) :]
+        left, right = both_decoders(monkeypatch, bytes(data))
+        assert same(left, right)
+        verdicts.append(isinstance(left, str))
+    assert 50 < sum(verdicts) < 550
+
+
+def test_jpeg_orientation_without_and_with_simplejpeg(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, plain = (encoded(Image.fromarray(RGB), "JPEG", **options) for options in ({"exif": exif}, {}))
+    for image in both_decoders(monkeypatch, turned):
+        np.testing.assert_array_equal(image, np.rot90(decode_image(plain, "x"), -1))

@@ -2,6 +2,8 @@
 
 import logging
 import multiprocessing
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -182,15 +184,53 @@ def test_the_last_good_record_is_found():
     assert (ids == 5).all()
 
 
+def test_a_mostly_bad_set_is_trained_on():
+    good = {3, 150, 199}
+    ids = np.concatenate([b["id"] for b in batches(Numbered(200, set(range(200)) - good), num_steps=8)])
+    assert set(ids.tolist()) == good
+
+
+def test_a_large_set_is_not_tried_to_its_end():
+    with (
+        TrainLoader(Numbered(10_000, range(10_000)), **BASE) as loader,
+        pytest.raises(RuntimeError, match="256 records in a row are bad"),
+    ):
+        next(loader)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_records_stop_the_run(tmp_path, num_workers):
-    for i in range(20):
+    for i in range(20):  # fewer than MAX_ATTEMPTS: all of them are tried
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
     with (
         TrainLoader(ImageFolder(tmp_path), **BASE, num_workers=num_workers) as loader,
-        pytest.raises(RuntimeError, match=r"16 records in a row are bad, the first is \d+.png: .*not a JPEG"),
+        pytest.raises(RuntimeError, match=r"20 records in a row are bad, the first is \d+.png: .*not a JPEG"),
     ):
         next(loader)
+
+
+def test_batches_are_collected_outside_the_consumers_thread(monkeypatch):
+    # Collecting in `next` costs a turn at the interpreter lock per row: 100 ms for a ready batch of 64 on two cores.
+    collectors = []
+    real = pipeline_lib.stack_rows
+    monkeypatch.setattr(pipeline_lib, "stack_rows", lambda e: collectors.append(threading.current_thread()) or real(e))
+    batches(Numbered(23))
+    assert len(collectors) == BASE["num_steps"] and threading.current_thread() not in collectors
+    # With no thread to read in, everything is done by the caller.
+    batches(Numbered(23), num_threads=0)
+    assert collectors[-1] is threading.current_thread()
+
+
+def test_closing_ends_the_threads():
+    before = threading.active_count()
+    with TrainLoader(Numbered(23), **(BASE | {"num_steps": 1000, "num_threads": 4})) as loader:
+        next(loader)
+        assert threading.active_count() >= before + 2
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
 
 
 def test_wait_is_measured():

@@ -71,16 +71,6 @@ def test_bfloat16_logits_are_averaged_in_float32():
         assert function(fake, fake).dtype == jnp.float32, name
 
 
-def test_adaptive_weight():
-    rec, adv = jnp.full((3, 3, 4, 4), 0.5), jnp.full((3, 3, 4, 4), 0.25)
-    assert_close_tree(adversarial.adaptive_weight(rec, adv), 6.0 / (3.0 + 1e-4), 1e-6)
-    assert_close_tree(adversarial.adaptive_weight(rec, adv, eps=1.0), 1.5, 1e-6)
-    assert_close_tree(adversarial.adaptive_weight(rec, 0.0 * adv), 1e4, 1e-6)
-    assert_close_tree(adversarial.adaptive_weight(rec, adv, max=1.25), 1.25, 1e-6)
-    grads = jax.grad(lambda r, a: adversarial.adaptive_weight(r, a), (0, 1))(rec, adv)
-    assert all(np.all(grad == 0) for grad in grads)
-
-
 @pytest.mark.golden
 def test_published_values(golden):
     """The recorded losses of the recorded logits; `vanilla` and `hinge` are right there, `nonsat` is the quirk."""

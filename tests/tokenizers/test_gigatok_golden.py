@@ -135,6 +135,13 @@ def test_losses_and_gradients(golden, case):
         np.testing.assert_allclose(metrics.get(f"loss/{ours}", 0.0), want[theirs], rtol=1e-4, err_msg=ours)
     np.testing.assert_allclose(metrics["loss/semantic"], 0.5 * want["proj_loss"], rtol=1e-4)
     np.testing.assert_allclose(total, want["total_loss"], rtol=1e-4)
+    tokenizer, variables = objective.tokenizer, {"params": params}
+    image, _, out = jax.jit(lambda v, x: tokenizer.apply(v, x, train=True))(variables, nhwc(want["x"]))
+    direct = tokenizer.apply(variables, out["cnn"], method="decode_features")
+    got = {"recon": image, "recon_direct": direct, "inner_feat_mlp": out["semantic"]}
+    for name, value in got.items():
+        recorded = nhwc(want[name]) if want[name].ndim == 4 else want[name]
+        assert np.linalg.norm(value - recorded) <= 1e-4 * np.linalg.norm(recorded), name
     # The published buffer starts as zeros, so entry 0 counts as used there.
     used = set(np.flatnonzero(new_state["last_used"] == 0)) | {0}
     assert len(used) / 512 == want["codebook_usage"]

@@ -1,0 +1,177 @@
+"""Writes a source's image files into ArrayRecord shards; killed at any moment, it goes on from its last whole shard."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from gigatok_jax.data.array_record import INDEX, SCHEMA, UNFINISHED, read_index, to_bytes
+from gigatok_jax.data.decode import BadRecord, decode_image
+from gigatok_jax.data.records import Encoded, EncodedSource
+
+# One record per chunk, as random access wants it; the image files are compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+def pack(
+    source: EncodedSource,
+    out: str | os.PathLike,
+    *,
+    made_from: Mapping[str, Any],
+    shard_records: int = 4096,
+    num_threads: int = 8,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Packs every usable record of a source, in its order; the bytes of the image files stay as they are.
+
+    Shard k holds the records [k * shard_records, (k + 1) * shard_records) of the source, less the bad ones: every
+    image is decoded once, and what training would have to replace is left out and named. Finished shards of an
+    earlier attempt are kept if their SHA-256 still is what was written down. The result is the same, byte for byte,
+    however often it was interrupted.
+
+    The set's hash is a chain over its records, hash ← sha256(hash ‖ sha256(record)), from 32 zero bytes: it names the
+    records and their order, and does not depend on the shards.
+
+    Args:
+        source: the images.
+        out: the folder to write; made where it is missing.
+        made_from: JSON data that says what is packed. An unfinished pack is only gone on with if it is the same.
+        shard_records: source records per shard, at least 1.
+        num_threads: threads that read and decode.
+        on_progress: told the number of source records done, after each.
+
+    Returns:
+        The content of `dataset.json`: "schema", "records", "class_names", "hash", "shards" ("file", "records", "bytes",
+        "sha256", and "hash", the chain after it), "dropped" (name -> reason), "made_from".
+
+    Raises:
+        ValueError: `out` holds something else, or no record is usable.
+        OSError: a shard cannot be written.
+    """
+    if shard_records < 1:
+        raise ValueError(f"shard_records={shard_records} must be at least 1")
+    if not len(source):
+        raise ValueError("the source has no record")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    made_from = {**made_from, "source_records": len(source), "shard_records": shard_records}
+    class_names = list(source.class_names)
+    state = _resume(out, made_from, class_names)
+    num_shards = -(-len(source) // shard_records)
+    for number in range(len(state["shards"]), num_shards):
+        span = range(number * shard_records, min((number + 1) * shard_records, len(source)))
+        path = out / f"images-{number:05d}-of-{num_shards:05d}.array_record"
+        records = _good_records(source, span, num_threads, state["dropped"], on_progress)
+        state["shards"].append(_write_shard(path, records, state["hash"]))
+        state["hash"] = state["shards"][-1]["hash"]
+        state["records"] += state["shards"][-1]["records"]
+        _write_json(out / UNFINISHED, state)
+    if not state["records"]:
+        name, reason = next(iter(state["dropped"].items()))
+        raise ValueError(f"none of {len(source)} records is usable; the first is {name}: {reason}")
+    _write_json(out / INDEX, state)
+    (out / UNFINISHED).unlink(missing_ok=True)
+    return state
+
+
+def finished_records(out: str | os.PathLike) -> int:
+    """Source records in the shards that an earlier, unfinished attempt has written down, before they are checked."""
+    for name in (INDEX, UNFINISHED):
+        if (path := Path(out) / name).is_file():
+            index = read_index(path)
+            return min(len(index["shards"]) * index["made_from"]["shard_records"], index["made_from"]["source_records"])
+    return 0
+
+
+def _resume(out: Path, made_from: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
+    """The state to go on from, its shards checked."""
+    fresh = {"schema": SCHEMA, "records": 0, "class_names": class_names, "hash": "0" * 64, "shards": []}
+    fresh |= {"dropped": {}, "made_from": made_from}
+    path = next((out / name for name in (INDEX, UNFINISHED) if (out / name).is_file()), None)
+    if path is None:
+        if any(out.glob("*.array_record")):
+            raise ValueError(f"{str(out)!r} holds ArrayRecord shards and no {INDEX}: give an empty folder")
+        return fresh
+    state = read_index(path)
+    if (state["made_from"], state["class_names"]) != (made_from, class_names):
+        raise ValueError(
+            f"{str(out)!r} holds a pack of {state['made_from']}, which is not {made_from} or has other classes: give "
+            "another folder, or delete this one"
+        )
+    for number, shard in enumerate(state["shards"]):
+        if shard["records"] and not _is_whole(out / shard["file"], shard):
+            # Later shards are written again too: each one's hash goes on from the one before it.
+            kept = state["shards"][:number]
+            state |= {"shards": kept, "records": sum(s["records"] for s in kept)}
+            state["hash"] = kept[-1]["hash"] if kept else fresh["hash"]
+            break
+    if path.name == INDEX and len(state["shards"]) < -(-made_from["source_records"] // made_from["shard_records"]):
+        _write_json(out / UNFINISHED, state)
+        path.unlink()
+    return state
+
+
+def _is_whole(path: Path, shard: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == shard["bytes"] and _sha256(path) == shard["sha256"]
+
+
+def _good_records(
+    source: EncodedSource,
+    span: range,
+    num_threads: int,
+    dropped: dict[str, str],
+    on_progress: Callable[[int], None],
+) -> Iterator[Encoded]:
+    """The usable records of a span, in order; the others are added to `dropped`."""
+
+    def look(index: int) -> Encoded | BadRecord:
+        try:
+            record = source.read(int(index))
+            decode_image(record.data, record.name, **source.limits)
+            return record
+        except BadRecord as error:
+            return error
+
+    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * max(num_threads, 1))
+    looked = grain.MapDataset.range(span.start, span.stop).map(look).to_iter_dataset(reading)
+    for index, record in zip(span, looked, strict=True):
+        if isinstance(record, BadRecord):
+            dropped[record.name] = record.reason
+        else:
+            yield record
+        on_progress(index + 1)
+
+
+def _write_shard(path: Path, records: Iterator[Encoded], chain: str) -> dict[str, Any]:
+    """Writes one shard under another name and renames it; returns its entry in `dataset.json`."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    writer, count, digest = ArrayRecordWriter(str(unfinished), _WRITER_OPTIONS), 0, bytes.fromhex(chain)
+    for record in records:
+        data = to_bytes(record)
+        digest = hashlib.sha256(digest + hashlib.sha256(data).digest()).digest()
+        writer.write(data)
+        count += 1
+    writer.close()
+    # The writer does not always say that a disk is full.
+    if not unfinished.is_file() or ArrayRecordReader(str(unfinished)).num_records() != count:
+        raise OSError(f"shard {str(unfinished)!r} could not be written whole: is the disk full?")
+    entry = {"file": path.name, "records": count, "bytes": unfinished.stat().st_size}
+    entry |= {"sha256": _sha256(unfinished), "hash": digest.hex()}
+    os.replace(unfinished, path)
+    return entry
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
