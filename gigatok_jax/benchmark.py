@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, data, objectives, optim, sharding, train_state
 from gigatok_jax.data.speed import measure_input
+from gigatok_jax.hub import frozen
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import Phase, TokenizerObjective, to_unit_range
 from gigatok_jax.scaling.flops import Flops, count_flops
@@ -149,13 +150,14 @@ def train_call(setup: Setup, phase: Phase) -> Call:
     cfg, mesh, abstract = setup.cfg, setup.mesh, setup.abstract
     batch = synthetic_batch(cfg, mesh, cfg.global_batch)
     options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
+    networks = frozen.of_config(cfg, mesh)
     started = time.monotonic()
     compiled = compile_step(
-        setup.objective, setup.groups, phase, **options, mesh=mesh, abstract=abstract, frozen={}, batch=batch
+        setup.objective, setup.groups, phase, **options, mesh=mesh, abstract=abstract, frozen=networks, batch=batch
     )
     seconds = time.monotonic() - started
-    flops = count_flops(make_train_step(setup.counted, setup.groups, phase, **options), abstract, {}, batch)
-    return Call(lambda state: compiled(state, {}, batch), compiled, seconds, cfg.global_batch, flops)
+    flops = count_flops(make_train_step(setup.counted, setup.groups, phase, **options), abstract, networks, batch)
+    return Call(lambda state: compiled(state, networks, batch), compiled, seconds, cfg.global_batch, flops)
 
 
 def tokenizer_params(setup: Setup) -> Any:

@@ -18,13 +18,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 # May differ between the run that saved and the run that resumes: how it is watched, placed and fed, never what
-# is computed. fnmatch patterns over dotted keys; "mesh.*" covers a plain "mesh" too. `num_steps` is not free:
-# schedules end there.
+# is computed (but for rounding). fnmatch patterns over dotted keys. `num_steps` is not free: schedules end there.
 RUN_ONLY_KEYS = (
-    "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*",
-    "data.num_threads", "data.num_workers", "data.prefetch", "data.root", "data.eval_*", "max_skipped",
-    # How it is computed; another choice may round differently, as another mesh does.
-    "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat", "tokenizer.remat_convs", "tokenizer.unroll",
+    "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "max_skipped", "data.num_threads", "data.num_workers",
+    "data.prefetch", "data.root", "data.eval_*", "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat",
+    "tokenizer.remat_convs", "tokenizer.unroll", "discriminator.remat", "frozen.folder", "frozen.remat",
 )  # fmt: skip
 
 _SHOWN = 5  # mismatching leaves named in an error; the rest are counted

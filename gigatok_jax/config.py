@@ -137,13 +137,19 @@ def base() -> ConfigDict:
             dtype="bfloat16",  # of the networks' arithmetic; parameters, codes and losses are float32
             max_skipped=20,  # non-finite updates in a row before the run stops
             tokenizer=gigatok_tokenizer(),
-            discriminator=dict(name="patchgan", base_channels=64, num_layers=3),
+            discriminator=dict(
+                name="patchgan",  # or "dino" (heads over a frozen DINO v1), "none"
+                base_channels=64,  # of patchgan
+                num_layers=3,  # of patchgan
+                remat="full",  # of dino's frozen layers; or "dots", "none"
+            ),
             loss=dict(
                 pixel="l2",  # or "l1"
                 pixel_weight=1.0,
                 perceptual_weight=1.0,  # LPIPS
+                perceptual_network="vgg16",  # or "alexnet"
                 semantic_weight=0.5,  # against `semantic_teacher`
-                semantic_teacher="dinov2-b",
+                semantic_teacher="dinov2-b",  # or "dinov2-s", "dinov2-l", "vgg16"; teacher_dim is its width
                 codebook_weight=1.0,
                 commitment_weight=0.25,
                 entropy_weight=0.0,
@@ -157,6 +163,11 @@ def base() -> ConfigDict:
                 discriminator_start=20_000,  # first step (counted from 1) with the discriminator
                 lecam_weight=0.0,
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
+            ),
+            frozen=dict(
+                folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax
+                dtype="bfloat16",  # of their parameters and arithmetic
+                remat=False,  # of the perceptual network: keeps no feature maps for the backward pass
             ),
             groups=dict(tokenizer=_group(), discriminator=_group()),
             schedule="cosine",  # or "constant", "wsd"
@@ -176,7 +187,7 @@ def base() -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),  # −1: all devices that are left
             sharding=dict(preset="fsdp"),
             log=dict(every=50),
-            eval=dict(every=5000, batch=64, num_images=512, grid=16),
+            eval=dict(every=5000, batch=64, num_images=512, grid=16, lpips=""),  # lpips: "", "vgg16" or "alexnet"
             checkpoint=dict(every=5000, keep_last=2, keep_period=0),
         )
     )
@@ -216,12 +227,17 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         "dtype": ("float32", "bfloat16"),
         "schedule": ("cosine", "constant", "wsd"),
         "loss.pixel": ("l1", "l2"),
+        "loss.perceptual_network": ("vgg16", "alexnet"),
+        "loss.semantic_teacher": ("dinov2-s", "dinov2-b", "dinov2-l", "vgg16"),
+        "frozen.dtype": ("float32", "bfloat16"),
+        "eval.lpips": ("", "vgg16", "alexnet"),
         "loss.adversarial": ("hinge", "non_saturating"),
         "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
         "data.crop": ("adm", "scale", "center"),
         "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
         "tokenizer.attention": ("xla", "cudnn"),
         "discriminator.name": ("none", "patchgan", "dino"),
+        "discriminator.remat": ("none", "full", "dots"),
         "tokenizer.estimator": ("rotation", "straight_through"),
         "tokenizer.layout": ("1d", "2d"),
         "tokenizer.layer_2d": ("vit", "qformer"),

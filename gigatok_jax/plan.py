@@ -43,14 +43,12 @@ def tokenizer_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return jax.eval_shape(lambda image: tokenizer.init(jax.random.key(0), image), _image(cfg))["params"]
 
 
-def discriminator_params(cfg: Mapping[str, Any]) -> int | None:
-    """Trained parameters of the discriminator: 0 where the run has none, None where it is of an unknown kind.
+def discriminator_params(cfg: Mapping[str, Any]) -> int:
+    """Trained parameters of the discriminator, 0 where the run has none.
 
     Raises:
       ValueError: for an image size below the discriminator's smallest.
     """
-    if cfg["discriminator"]["name"] not in ("none", "patchgan"):
-        return None
     model = objectives.build_discriminator(cfg, jnp.float32)
     if model is None:
         return 0
@@ -125,7 +123,7 @@ def main(argv: list[str]) -> None:
     try:
         config.validate(FLAGS.config)
         table, facts = plan_params(FLAGS.config, FLAGS.depth)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table)
     print(json.dumps(facts))

@@ -13,10 +13,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from gigatok_jax import config, data, distributed, metrics, objectives, optim, sharding, train_state
-from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
+from gigatok_jax import config, data, distributed, identity, metrics, objectives, optim, sharding, train_state
+from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.evals.evaluator import Evaluator
 from gigatok_jax.evals.report import write_report
+from gigatok_jax.hub import frozen
 from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import broken_terms, compile_step
 
@@ -42,10 +43,9 @@ class Run:
         self.objective = objectives.build(cfg)
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
-        self.fingerprint = data.fingerprint(self.source)
-        if not distributed.same_everywhere(self.fingerprint["names"]):
-            raise ValueError(f"the processes list different images under config.data.root={cfg.data.root!r}")
         self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
+        self.identity = identity.identity(cfg, self.source)
+        self.frozen = frozen.of_config(cfg, self.mesh)
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         if warning := sharding.warning(self.abstract, self.mesh):
             logging.warning("%s", warning)
@@ -79,14 +79,8 @@ class Run:
             return train_state.init(self.objective, self.groups, self.cfg.seed, self.mesh, self.cfg.sharding.preset)
         same = {"config": self.resolved, "allow_config_change": allow_config_change}
         state, extra = self.checkpoints.restore(self.abstract, **same)
-        before = extra.get("data", self.fingerprint)
-        if before != self.fingerprint and not allow_config_change:
-            raise CheckpointMismatch(
-                f"the checkpoint was trained on {before['records']} images (names {before['names'][:8]}…), "
-                f"config.data.root={self.cfg.data.root!r} has {self.fingerprint['records']} (names "
-                f"{self.fingerprint['names'][:8]}…): the order of samples would be another. Point config.data.root to "
-                "the same images, use another --workdir, or --allow_config_change to go on all the same"
-            )
+        if not allow_config_change:
+            identity.check(extra, self.identity, self.cfg.data.root)
         logging.info("resumed from step %d", int(state.step))
         return state
 
@@ -124,7 +118,7 @@ class Run:
                 accumulate=self.cfg.accumulate,
                 mesh=self.mesh,
                 abstract=self.abstract,
-                frozen={},
+                frozen=self.frozen,
                 batch=batch,
             )
             self._steps[phase] = stop.during(compiling)
@@ -160,7 +154,7 @@ class Run:
             self.input_wait, self.bad_records = loader.wait_seconds, loader.bad_records
             inputs = {name: batch[name] for name in ("image", "label")}
             placed = sharding.place_batch(inputs, self.mesh, self.cfg.global_batch)
-            self.state, values = self.step_fn(step, placed, stop)(self.state, {}, placed)
+            self.state, values = self.step_fn(step, placed, stop)(self.state, self.frozen, placed)
             # Metrics are read one step late, so the device never waits for the host.
             self._report_pending()
             self._pending = step, values, batch["id"]
@@ -253,7 +247,7 @@ class Run:
     def save(self, step: int) -> None:
         """Starts writing a checkpoint."""
         with self.progress.pause():
-            self.checkpoints.save(step, self.state, config=self.resolved, extra={"data": self.fingerprint})
+            self.checkpoints.save(step, self.state, config=self.resolved, extra=self.identity)
 
     def _input_wait_fraction(self) -> float | None:
         """Waiting for input over the time that the steps of this start took at their last pace."""

@@ -22,3 +22,11 @@ def golden() -> Path:
     if not folder:
         pytest.skip("set GIGATOK_GOLDEN=<folder of recorded outputs> to compare with the published code")
     return Path(folder)
+
+
+SLOW_FILES = ("test_train.py", "test_train_step.py", "test_recipes.py", "test_gigatok_golden.py", "test_nn.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: whole files are dealt out to the workers, and none should start one at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)

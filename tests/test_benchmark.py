@@ -84,9 +84,9 @@ def test_program_ends_with_one_json_line(tmp_path):
 
 
 def test_program_says_what_it_cannot_load():
-    done = run_benchmark("--config=configs/gigatok.py:s-s")
+    done = run_benchmark("--config=configs/gigatok.py:s-s", "--config.frozen.folder=/nowhere", "--what=train")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: config.loss.perceptual_weight" in done.stderr
+    assert "error: the frozen network dinov2-b needs its weights in /nowhere" in done.stderr
 
 
 def test_program_measures_the_input_of_a_config_that_cannot_be_built_here():

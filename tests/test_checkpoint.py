@@ -184,7 +184,7 @@ def test_another_config_is_refused_with_what_differs_and_the_mend(checkpointer):
         ({"sharding": "fsdp"}, True),
         ({"log": {"every": 5}, "eval": {"rfid": {"every": 1}}, "checkpoint": {"every": 2}}, True),
         ({"data": {"root": "b", "num_threads": 4, "num_workers": 2, "prefetch": 1}}, True),
-        ({"profile": {"num_steps": 3}, "preemption_code": 42}, True),
+        ({"frozen": {"folder": "elsewhere"}, "eval": {"every": 3}}, True),
         ({"num_steps": 100}, False),
         ({"seed": 1}, False),
         ({"data": {"root": "a", "crop": "center"}}, False),

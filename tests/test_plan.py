@@ -48,8 +48,8 @@ def test_the_largest_is_counted_without_allocating():
 
 @pytest.mark.parametrize(
     "size, discriminator",
-    [("2d-s-s", 2_765_633), ("b-l-dino-disc", None), ("cpu-tiny", 0)],
-    ids=["grid", "discriminator_of_an_unknown_kind", "discriminator_never_starts"],
+    [("2d-s-s", 2_765_633), ("b-l-dino-disc", 7_386_245), ("cpu-tiny", 0)],
+    ids=["grid", "heads_over_dino", "discriminator_never_starts"],
 )
 def test_parts_sum(size, discriminator):
     _, facts = plan.plan_params(config_module("gigatok").get_config(size))

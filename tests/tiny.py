@@ -69,6 +69,7 @@ def tiny_run(**changes: object) -> ConfigDict:
     cfg.discriminator.update(base_channels=8, num_layers=1)
     cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, entropy_weight=0.1, auxiliary_end=3)
     cfg.loss.update(discriminator_start=1, lecam_weight=0.001, usage_window=128)
+    cfg.loss.direct = False  # the second pass through the decoder doubles what compiles; who needs it turns it on
     cfg.groups.tokenizer.ema = 0.9
     cfg.data.update(source="photographs", crop="scale", num_threads=2, prefetch=2)
     cfg.eval.update(every=0, num_images=8, batch=8, grid=8)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from gigatok_jax import data, sharding
+from gigatok_jax.evals import lpips
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
 from gigatok_jax.nn.constrain import constraints
@@ -41,6 +42,8 @@ class Evaluator:
                 f"{len(self._source)}; set --config.eval.num_images={len(self._source)}"
             )
         self.bad_records: dict[str, str] = {}
+        network = cfg["eval"]["lpips"]
+        self._lpips = lpips.build(network, cfg["frozen"]["folder"], mesh, self._batch) if network else None
 
         def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
             with constraints(sharding.activation_constraint(mesh)):
@@ -53,6 +56,7 @@ class Evaluator:
         count = self._settings["num_images"]
         shown = {round(i) for i in np.linspace(0, count - 1, min(self._settings["grid"], count))}
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        distances: list[np.ndarray] = []
         seen = 0
 
         def reconstruct(images_m11: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +67,8 @@ class Evaluator:
             nonlocal seen
             pairs.extend(pair for i, pair in enumerate(zip(originals, reconstructions), seen) if i in shown)
             seen += len(originals)
+            if self._lpips:
+                distances.append(self._lpips(originals, reconstructions))
 
         scores = evaluate_reconstruction(
             reconstruct,
@@ -71,6 +77,8 @@ class Evaluator:
             batch_size=self._batch,
             on_batch=keep,
         )
+        if distances:
+            scores[f"lpips_{self._settings['lpips']}"] = float(np.concatenate(distances).mean(dtype=np.float64))
         originals, reconstructions = (np.stack(side) for side in zip(*pairs))
         caption = f"PSNR {scores['psnr']:.2f} dB · SSIM {scores['ssim']:.3f} · usage {scores.get('usage', 0):.1%}"
         return scores, comparison_grid(originals, reconstructions, caption=caption)

@@ -31,6 +31,7 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     report["psnr_first"], report["psnr_last"] = ends("eval/psnr")
     for name in ("psnr_mean_colour", "ssim", "num_images", "perplexity"):
         report[name] = ends(f"eval/{name}")[1]
+    report |= {name.removeprefix("eval/"): ends(name)[1] for name in series if name.startswith("eval/lpips")}
     report["codebook_usage"] = ends("eval/usage")[1]
     report["codebook_usage_training_window"] = ends("codebook/usage")[1]
     report["skipped_updates"] = ends("skipped")[1]

@@ -5,41 +5,69 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gigatok_jax import teachers as frozen_networks
+from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.objectives.tokenizer import TokenizerObjective, Weights
+from gigatok_jax.objectives import teachers as functions
+from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
 from gigatok_jax.tokenizers import gigatok
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 FAMILIES = {"gigatok": gigatok.build}
 
 
-def build(cfg: Mapping[str, Any], teachers: Mapping[str, Any] | None = None) -> TokenizerObjective:
+def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """The frozen networks that a config's objective calls, {role: name}; their parameters travel in `frozen`."""
+    loss, roles = cfg["loss"], {}
+    if loss["perceptual_weight"]:
+        roles["perceptual"] = loss["perceptual_network"]
+    if loss["semantic_weight"]:
+        roles["semantic"] = loss["semantic_teacher"]
+    if cfg["discriminator"]["name"] == "dino" and loss["discriminator_start"] <= cfg["num_steps"]:
+        roles["discriminator"] = "dino-s16"
+    return roles
+
+
+def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """(h, w) of the map that a semantic teacher is compared with."""
+    tokenizer = build_tokenizer(cfg["tokenizer"], jnp.float32)
+    return (tokenizer.image_size // tokenizer.factor,) * 2
+
+
+def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None) -> TokenizerObjective:
     """The objective of a config.
 
     Args:
-      teachers: functions of frozen networks by role ("perceptual", "semantic").
+      teachers: functions of frozen networks by role ("perceptual", "semantic"), instead of those the config names.
     Raises:
-      ValueError: for an unknown family or discriminator, or a loss whose frozen network was not given.
+      ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
-    weights, teachers = Weights(**cfg["loss"]), teachers or {}
-    for role in ("perceptual", "semantic"):
-        if cfg["loss"][f"{role}_weight"] and role not in teachers:
-            raise ValueError(
-                f"config.loss.{role}_weight={cfg['loss'][f'{role}_weight']} needs a frozen network that this version "
-                f"cannot load; train without it: --config.loss.{role}_weight=0"
-            )
-    dtype = jnp.dtype(cfg["dtype"])
+    weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
     tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
-    if weights.semantic_weight and not cfg["tokenizer"]["teacher_dim"]:
-        raise ValueError("config.loss.semantic_weight needs the distillation head: set config.tokenizer.teacher_dim")
     return TokenizerObjective(
         tokenizer=tokenizer,
         discriminator=build_discriminator(cfg, dtype),
         weights=weights,
         codebook_size=cfg["tokenizer"]["codebook_size"],
-        teachers=teachers,
+        teachers={**_teachers(cfg), **(teachers or {})},
         accumulate=cfg["accumulate"],
     )
+
+
+def _teachers(cfg: Mapping[str, Any]) -> dict[str, Teacher]:
+    """The functions of the frozen networks of a config."""
+    roles, dtype, found = networks(cfg), jnp.dtype(cfg["frozen"]["dtype"]), {}
+    if name := roles.get("perceptual"):
+        found["perceptual"] = functions.perceptual(name, dtype, cfg["frozen"]["remat"])
+    if name := roles.get("semantic"):
+        width = frozen_networks.SEMANTIC[name]
+        if cfg["tokenizer"]["teacher_dim"] != width:
+            raise ValueError(
+                f"config.loss.semantic_teacher={name} gives {width} features, the distillation head has "
+                f"config.tokenizer.teacher_dim={cfg['tokenizer']['teacher_dim']}: set it to {width}"
+            )
+        found["semantic"] = functions.semantic(name, latent_grid(cfg), dtype)
+    return found
 
 
 def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
@@ -53,14 +81,13 @@ def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
     return FAMILIES[section["family"]](section, dtype=dtype)
 
 
-def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | None:
+def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | DinoDiscriminator | None:
     """The discriminator of a config; None where it has none, or none that starts within the run."""
     section = cfg["discriminator"]
     if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
         return None
-    if section["name"] != "patchgan":
-        raise ValueError(
-            f"config.discriminator.name={section['name']!r} needs a frozen network that this version cannot load; "
-            "use --config.discriminator.name=patchgan"
-        )
+    if section["name"] == "dino":
+        sizes = frozen_networks.VITS["dino-s16"]
+        taps = tuple(range(0, sizes.depth + 1, sizes.depth // 4))
+        return DinoDiscriminator(sizes.width, sizes.depth, sizes.num_heads, taps, section["remat"], dtype)
     return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)

@@ -27,6 +27,7 @@ class Weights(NamedTuple):
     pixel: str
     pixel_weight: float
     perceptual_weight: float
+    perceptual_network: str
     semantic_weight: float
     semantic_teacher: str
     codebook_weight: float

@@ -135,7 +135,10 @@ def test_a_kernel_that_cannot_be_looked_into_is_named():
     assert got.total == 0 and "ragged_dot" in got.notes[0]
 
 
-MODELS = {"vit": (ViTLayer(4), (4, 64, 256)), "convolutions": (ConvEncoder(32, 32, (1, 2), 1, 8), (2, 16, 16, 3))}
+MODELS = {
+    "vit": (ViTLayer(4), (4, 64, 256)),
+    "convolutions": (ConvEncoder(32, (1, 2), 1, 8, features=32), (2, 16, 16, 3)),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
