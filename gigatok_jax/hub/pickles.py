@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # what numpy's own pickles call, wherever this version keeps it
@@ -28,7 +28,7 @@ _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
+    "BFloat16Storage": jnp.bfloat16,
     "LongStorage": np.int64,
     "IntStorage": np.int32,
     "ByteStorage": np.uint8,

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -132,7 +131,7 @@ def test_remat_and_bfloat16_give_the_same_distance(tiny, tmp_path):
     for kind in ("plain", "remat", "half"):
         half = kind == "half"
         params = hub.load(
-            "vgg16", tmp_path / "vgg16.safetensors", dtype=ml_dtypes.bfloat16 if half else np.float32
+            "vgg16", tmp_path / "vgg16.safetensors", dtype=jnp.bfloat16 if half else np.float32
         )  # fmt: skip
         function = perceptual("vgg16", jnp.bfloat16 if half else jnp.float32, remat=kind == "remat")
         values[kind] = jax.jit(jax.value_and_grad(function, 1))(params, a, b)
