@@ -44,8 +44,8 @@ class Run:
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
         self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
-        self.identity = identity.identity(cfg, self.source)
         self.frozen = frozen.of_config(cfg, self.mesh)
+        self.identity = identity.identity(cfg, self.source)
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         if warning := sharding.warning(self.abstract, self.mesh):
             logging.warning("%s", warning)
