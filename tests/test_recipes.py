@@ -51,7 +51,7 @@ def test_eight_devices_take_the_published_step_of_one(networks, size):
     assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
     # Looser than without frozen networks: rounding passes through many more layers, and picks other maxima in pools.
     assert_same_leaves(grads, want, rtol=1e-4)
-    assert_same_leaves(state.params, want_state.params, rtol=1e-5)
+    assert_same_leaves(state.params, want_state.params, rtol=1e-4)
     assert_same_leaves(state.state["discriminator"], want_state.state["discriminator"], rtol=1e-5)
 
 
