@@ -49,14 +49,15 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
         discriminator=build_discriminator(cfg, dtype),
         weights=weights,
         codebook_size=cfg["tokenizer"]["codebook_size"],
-        teachers={**_teachers(cfg), **(teachers or {})},
+        teachers=_teachers(cfg, teachers or {}),
         accumulate=cfg["accumulate"],
     )
 
 
-def _teachers(cfg: Mapping[str, Any]) -> dict[str, Teacher]:
-    """The functions of the frozen networks of a config."""
-    roles, dtype, found = networks(cfg), jnp.dtype(cfg["frozen"]["dtype"]), {}
+def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """The functions of the frozen networks of a config, but for those that are given."""
+    roles = {role: name for role, name in networks(cfg).items() if role not in given}
+    dtype, found = jnp.dtype(cfg["frozen"]["dtype"]), dict(given)
     if name := roles.get("perceptual"):
         found["perceptual"] = functions.perceptual(name, dtype, cfg["frozen"]["remat"])
     if name := roles.get("semantic"):
