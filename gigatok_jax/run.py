@@ -143,6 +143,7 @@ class Run:
             self.save(int(self.state.step))
             return True
         except data.NoUsableImages:
+            self._report_pending()
             self.save(int(self.state.step))
             raise
         finally:

@@ -24,7 +24,14 @@ def golden() -> Path:
     return Path(folder)
 
 
-SLOW_FILES = ("test_train.py", "test_train_step.py", "test_recipes.py", "test_gigatok_golden.py", "test_nn.py")
+SLOW_FILES = (
+    "test_train.py",
+    "test_sharding.py",
+    "test_recipes.py",
+    "test_train_step.py",
+    "test_gigatok_golden.py",
+    "test_nn.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,8 +9,8 @@ from gigatok_jax.checkpoint import CheckpointMismatch
 from gigatok_jax.hub import frozen
 from gigatok_jax.run import Run
 from tests.networks import narrow, recipe
+from tests.steps import MESHES, ONE, QUIET, assert_same_leaves, full_step
 from tests.test_train import final_state, seen, worker
-from tests.test_train_step import MESHES, ONE, QUIET, assert_same_leaves, full_step
 
 SIZES = ("b-l", "b-l-dino-disc")
 
@@ -46,7 +46,7 @@ def test_eight_devices_take_the_published_step_of_one(networks, size):
         mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         cfg.sharding.preset = preset
         weights = frozen.of_config(cfg, mesh)
-        results.append(full_step(layout, cfg, objective, weights))
+        results.append(full_step(layout, cfg, objective, weights)[0])
     (want_loss, want, want_state, _), (loss, grads, state, metrics) = results
     terms = {"l2", "perceptual", "semantic", "feature", "adversarial", "discriminator"}
     terms |= {"direct_perceptual"} if cfg.loss.direct else set()

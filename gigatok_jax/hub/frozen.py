@@ -1,8 +1,6 @@
 """The frozen networks of a run, from the weights folder onto the mesh."""
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +9,7 @@ from jax.sharding import Mesh
 
 from gigatok_jax import objectives, sharding
 from gigatok_jax.hub import teachers
+from gigatok_jax.hub.tensors import sha256
 
 
 def place(params: Mapping[str, Any], mesh: Mesh, preset: str) -> dict[str, Any]:
@@ -44,9 +43,4 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 def hashes(roles: Mapping[str, str], folder: str) -> dict[str, str]:
     """{role: SHA-256 of its file}: what a checkpoint keeps of networks that it does not hold."""
-
-    def digest(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return {role: digest(teachers.find(name, folder)) for role, name in sorted(roles.items())}
+    return {role: sha256(teachers.find(name, folder)) for role, name in sorted(roles.items())}

@@ -1,5 +1,6 @@
 """Files of named arrays."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +27,9 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     raise ValueError(f"{path} is not read at run time: convert it to safetensors with python -m gigatok_jax.convert")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

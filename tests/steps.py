@@ -1,0 +1,102 @@
+"""A tiny train step on any mesh, for the tests that compare steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gigatok_jax import objectives, optim, sharding, train_state, train_step
+from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.train_step import make_train_step
+from tests.tiny import tiny_run
+
+MESHES = {
+    "data": ({"data": 8, "fsdp": 1, "tensor": 1}, "replicated"),
+    "fsdp": ({"data": 1, "fsdp": 8, "tensor": 1}, "fsdp"),
+    "fsdp+tensor": ({"data": 1, "fsdp": 4, "tensor": 2}, "fsdp+tensor"),
+    "mixed": ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp+tensor"),
+}
+
+
+ONE = ({"data": 1, "fsdp": 1, "tensor": 1}, "replicated")
+
+
+def tiny_objective(**changes):
+    cfg = tiny_run(**changes)
+    return cfg, objectives.build(cfg)
+
+
+def sgd_groups(cfg, rate=0.1):
+    return {
+        name: optim.Group(optax.identity(), lambda step: jnp.float32(rate), clip=0.0, ema=group.ema, trainable=".*")
+        for name, group in cfg.groups.items()
+    }
+
+
+def adam_groups(cfg):
+    return optim.make_groups(cfg)
+
+
+def fake_batch(cfg, seed=0):
+    # Blocks of colour under a little noise: in gradients of pure noise little but rounding would be left.
+    rng = np.random.default_rng(seed)
+    cells = cfg.tokenizer.image_size // 2
+    colours = rng.integers(20, 230, (cfg.global_batch, 2, 2, 3)).repeat(cells, 1).repeat(cells, 2)
+    return {"image": (colours + rng.integers(0, 20, colours.shape)).astype(np.uint8)}
+
+
+def build(cfg, objective, groups, layout, step=1):
+    """A jitted step on a mesh, its fresh state and its placed batch."""
+    sizes, preset = layout
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh = sharding.make_mesh(sizes, devices)
+    state = train_state.init(objective, groups, cfg.seed, mesh, preset)
+    fn = make_train_step(
+        objective,
+        groups,
+        objective.phase(step),
+        seed=0,
+        accumulate=cfg.accumulate,
+        constraint=sharding.activation_constraint(mesh),
+    )
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(fn, out_shardings=(placed, sharding.replicated(mesh)))
+    return jitted, state, sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
+
+
+def full_step(layout, cfg, objective, networks=None):
+    """One adversarial step with SGD on a mesh: ((loss, gradients, new state, metrics) on the host, its program)."""
+    sizes, preset = layout
+    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    groups = sgd_groups(cfg)
+    state = train_state.init(objective, groups, cfg.seed, mesh, preset)
+    phase = objective.phase(1)
+    loss_fn, active = objective.loss(phase), objective.active(phase)
+
+    def step(train, networks, batch):
+        def total(params):
+            return loss_fn(params, train.state, networks, batch, jax.random.key(0), train.step)
+
+        with constraints(sharding.activation_constraint(mesh)):
+            (loss, (new, metrics)), grads = jax.value_and_grad(total, has_aux=True)(train.params)
+        return loss, grads, *train_step._apply(train, groups, active, loss, new, metrics, grads)
+
+    batch = sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
+    compiled = jax.jit(step).lower(state, networks or {}, batch).compile()
+    return jax.device_get(compiled(state, networks or {}, batch)), compiled.as_text()
+
+
+def assert_same_leaves(got, want, rtol):
+    """Each leaf by norm; leaves that are rounding noise on both sides (gradient 0 on paper) are not compared."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(want)]
+    noise = 1e-6 * np.sqrt(sum(np.sum(leaf**2) for leaf in leaves))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), leaves):
+        if max(np.linalg.norm(a), np.linalg.norm(b)) > noise:
+            error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+            assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error:.2e}"
+
+
+# The published start, and a LeCam term strong enough to be the discriminator's last bias's gradient: at the start the
+# hinge terms' cancel, and what is left of them is rounding.
+QUIET = {"tokenizer__kernel_gain": 0.0, "tokenizer__position_std": 0.0, "tokenizer__adaptive_scale_init": 0.0,
+         "loss__direct": True, "global_batch": 24, "loss__entropy_weight": 0.02, "loss__lecam_weight": 3.0}  # fmt: skip

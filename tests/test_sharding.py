@@ -1,0 +1,142 @@
+"""One device and eight take the same step, and the batch is really split."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gigatok_jax import config, sharding, train_state, train_step
+from gigatok_jax.bottlenecks import vq
+from tests.steps import (
+    MESHES,
+    ONE,
+    QUIET,
+    adam_groups,
+    assert_same_leaves,
+    build,
+    fake_batch,
+    full_step,
+    sgd_groups,
+    tiny_objective,
+)
+from tests.tiny import tiny_run
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return full_step(ONE, *tiny_objective(**QUIET))[0]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_take_the_step_of_one(one_device, name):
+    """Loss, gradients, parameters after SGD, averages, running statistics and metrics; the batch is really split."""
+    cfg, objective = tiny_objective(**QUIET)
+    (loss, grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
+    want_loss, want, want_state, want_metrics = one_device
+    assert set(want) == {"tokenizer", "discriminator"}
+    assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
+    assert_same_leaves(grads, want, rtol=1e-5)
+    assert_same_leaves((state.params, state.ema), (want_state.params, want_state.ema), rtol=1e-5)
+    assert_same_leaves(state.state["discriminator"], want_state.state["discriminator"], rtol=1e-5)
+    np.testing.assert_array_equal(state.state["last_used"], want_state.state["last_used"])
+    for term, value in want_metrics.items():
+        if term.startswith(("loss/", "codebook/", "logits/")):
+            np.testing.assert_allclose(metrics[term], value, rtol=1e-5, atol=1e-6, err_msg=term)
+    size = cfg.tokenizer.image_size
+    shards = MESHES[name][0]["data"] * MESHES[name][0]["fsdp"]
+    assert f"u8[{cfg.global_batch // shards},{size},{size},3]" in text
+    assert not full_batch_arrays(text)
+
+
+def compiled_text(name):
+    """The program that a run would execute on a mesh, and its config."""
+    cfg, objective = tiny_objective(**QUIET)
+    sizes, preset = MESHES[name]
+    mesh = sharding.make_mesh(sizes, jax.devices())
+    groups = adam_groups(cfg)
+    compiled = train_step.compile_step(
+        objective,
+        groups,
+        objective.phase(1),
+        seed=0,
+        accumulate=1,
+        mesh=mesh,
+        abstract=train_state.abstract(objective, groups, 0, mesh, preset),
+        frozen={},
+        batch=sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch),
+    )
+    return compiled.as_text()
+
+
+def full_batch_arrays(text):
+    """Arrays of a program that hold the whole batch's images or maps (4-d), or tokens (8 or 16, width 16)."""
+    return re.findall(r"(?:f32|u8|bf16)\[24,(?:\d+,\d+,\d+|8,16|16,16)\]", text)
+
+
+def test_the_compiled_step_keeps_the_batch_split():
+    """Also where the convolutions' kernels are split over the batch's own axis."""
+    text = compiled_text("fsdp")
+    assert "u8[3,8,8,3]" in text
+    assert not full_batch_arrays(text)
+
+
+def test_a_lost_batch_constraint_would_be_seen(monkeypatch):
+    monkeypatch.setattr(sharding, "activation_constraint", lambda mesh: None)
+    assert full_batch_arrays(compiled_text("fsdp"))
+
+
+def test_per_device_entropy_would_be_seen(monkeypatch):
+    """The comparison above fails when entropy statistics are each device's own."""
+    (want_loss, want, *_), _ = full_step(ONE, *tiny_objective(global_batch=24))
+    real = vq.entropy_loss
+
+    def per_device(z_NZ, codebook_VZ, **kwargs):
+        parts = z_NZ.reshape(8, -1, z_NZ.shape[-1])
+        return jax.vmap(lambda z: real(z, codebook_VZ, **kwargs))(parts).mean()
+
+    monkeypatch.setattr(vq, "entropy_loss", per_device)
+    cfg, objective = tiny_objective(global_batch=24)
+    (loss, grads, *_), _ = full_step(MESHES["data"], cfg, objective)
+    assert abs(loss - want_loss) > 1e-2
+    with pytest.raises(AssertionError):
+        assert_same_leaves(grads, want, rtol=1e-2)
+
+
+def test_microbatches_span_the_devices():
+    """With entropy, batch norm and LeCam: each microbatch's statistics are over all devices, as on one."""
+    results = []
+    for layout in (ONE, MESHES["mixed"]):
+        cfg, objective = tiny_objective(accumulate=2, **QUIET)
+        step, state, batch = build(cfg, objective, sgd_groups(cfg), layout)
+        results.append(jax.device_get(step(state, {}, batch)))
+    (one, want), (eight, metrics) = results
+    assert_same_leaves((eight.params, eight.state), (one.params, one.state), rtol=1e-5)
+    for name, value in want.items():
+        if name.startswith("loss/"):
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_dimensions_that_do_not_divide_leave_their_axis_to_another():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    spec = lambda path, *shape: tuple(sharding.spec(path, shape, mesh, "fsdp"))  # noqa: E731
+    mlp, out = "params/decoder/stack/layers/mlp/in/kernel", "params/x/self_attention/out/kernel"
+    assert spec(mlp, 6, 16, 64) == (None, "fsdp", None)
+    assert spec(mlp, 8, 12, 64) == (None, None, "fsdp")  # never the layer axis
+    assert spec(out, 6, 12, 12) == (None, None, None)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    leaves = {"split": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=where),
+              "whole": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=sharding.replicated(mesh))}  # fmt: skip
+    assert sharding.whole_leaves(leaves) == (0.25, ["whole"])
+
+
+def test_mesh_and_batch_errors():
+    cfg = tiny_run()
+    cfg.mesh.update(data=3, fsdp=1, tensor=1)
+    with pytest.raises(ValueError, match="does not fit 8 devices"):
+        config.check_mesh(cfg, 8)
+    cfg.mesh.update(data=-1, fsdp=1, tensor=1)
+    cfg.global_batch = 12
+    with pytest.raises(ValueError, match="does not divide over data x fsdp = 8"):
+        config.check_mesh(cfg, 8)
