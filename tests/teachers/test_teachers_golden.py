@@ -37,15 +37,16 @@ def test_lpips_value_and_gradient(golden, tmp_path):
         return 2 * perceptual("vgg16", dtype)(params, b, a)
 
     gradient_of = jax.jit(jax.value_and_grad(summed, 1), static_argnums=3)
-    value, gradient = gradient_of(params, b, a, jnp.float32)
+    value, single = gradient_of(params, b, a, jnp.float32)
     assert_close_tree(value, io["value"].sum(), 1e-5)
-    assert_close_tree(gradient[0].transpose(2, 0, 1), io["grad_b"][0])
-    # In the second image two neighbours under a max-pool differ by 7e-6 of 3.28, less than float32 convolutions agree
-    # to: which of them gets the gradient is a coin toss, so the convolutions are float64.
+    # Two neighbours under a max-pool may differ by less than float32 convolutions agree to from one processor to the
+    # next: which of them gets the gradient is then a coin toss, so entry by entry the convolutions are float64.
     with jax.enable_x64(True):
         value, gradient = gradient_of(params, b, a, jnp.float64)
     assert_close_tree(value, io["value"].sum(), 1e-5)
     assert_close_tree(gradient.transpose(0, 3, 1, 2), io["grad_b"])
+    tossed = np.linalg.norm(np.asarray(single) - np.asarray(gradient)) / np.linalg.norm(gradient)
+    assert tossed < 2e-2  # bfloat16 convolutions: 8e-2
 
 
 def test_dinov2_preprocessing(golden):
