@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.nn import conv_gradient
 from gigatok_jax.nn.attention import attend
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, small_normal
@@ -16,8 +17,10 @@ class Conv(nn.Conv):
     """A convolution whose output stays split over the batch.
 
     Without the constraint the partitioner may gather the batch and split the channels, where kernel and batch are
-    sharded over one mesh axis.
+    sharded over one mesh axis. On a CPU a large kernel's gradient goes by patches.
     """
+
+    conv_general_dilated: Any = conv_gradient.conv_general_dilated
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         return constrain(super().__call__(constrain(x_BHWC, "batch", None, None, None)), "batch", None, None, None)

@@ -37,9 +37,10 @@ def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> Flops:
     """The FLOPs that one call of `fn` does over all devices.
 
     Counted is what runs: results that nobody reads are left out, recomputation under `jax.checkpoint` is in. A scan
-    counts its length, a `cond` its dearest branch. The body of a `while` counts once and kernels without a jaxpr
-    count zero, each with a note. Products with the zeros of padding and dilation are not counted, so that a
-    convolution's two gradients cost what it costs itself. Elementwise work, reductions and sorts count zero.
+    counts its length, a `cond` its dearest branch, `lax.platform_dependent` its last (the default). The body of a
+    `while` counts once and kernels without a jaxpr count zero, each with a note. Products with the zeros of padding
+    and dilation are not counted, so that a convolution's two gradients cost what it costs itself. Elementwise work,
+    reductions and sorts count zero.
 
     Args:
       fn: traceable by jax; jitted or not.
@@ -68,6 +69,8 @@ def _equation(equation: core.JaxprEqn) -> Flops:
         return Flops(conv=_conv(equation))
     if name.startswith(OPAQUE):
         return Flops(notes=(f"{name}: not counted",))
+    if name == "cond" and params.get("branches_platforms"):
+        return _jaxpr(params["branches"][-1].jaxpr)
     if name == "cond":
         return max((_jaxpr(branch.jaxpr) for branch in params["branches"]), key=lambda flops: flops.total)
     inner = _sum(_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params))
