@@ -39,6 +39,8 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array.transpose(2, 1, 0)
     if kind == "head":  # (1, in, 1, 1) → (in,)
         return array[0, :, 0, 0]
+    if kind == "shared_table":  # (1, 1, rows, D) → (rows, D)
+        return array[0, 0]
     return array
 
 
@@ -56,6 +58,8 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array.transpose(2, 1, 0)
     if kind == "head":
         return array[None, :, None, None]
+    if kind == "shared_table":
+        return array[None, None]
     return array
 
 

@@ -1,6 +1,7 @@
 """Pre-norm transformer layers and the scanned stack of them."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -130,10 +131,14 @@ class Stack(nn.Module):
     """`depth` equal layers whose parameters are stacked on a leading axis, scanned and rematerialised.
 
     Taps are static: each rides along the scan as one activation that its layer writes, so neither activations nor
-    copies of the weights grow with depth. `taps=(3,)` gives the output of the third layer.
+    copies of the weights grow with depth. `taps=(3,)` gives the output of the third layer. Where a "dropout" key is
+    given, every layer gets one of its own.
+
+    Attributes:
+      layer: a name out of `LAYERS`, or what builds a layer from (num_heads, attention, dtype, kernel_init).
     """
 
-    layer: str
+    layer: str | Callable[..., nn.Module]
     depth: int
     num_heads: int
     attention: str = "xla"
@@ -153,32 +158,56 @@ class Stack(nn.Module):
         """
         if bad := [tap for tap in taps if not 1 <= tap <= self.depth]:
             raise ValueError(f"taps {bad} are outside 1..{self.depth}, the layers of this stack")
-        if self.layer not in LAYERS or self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"layer {self.layer!r} not in {list(LAYERS)} or remat {self.remat!r} not in {list(REMAT_POLICIES)}"
-            )
-        layer = LAYERS[self.layer](self.num_heads, self.attention, self.dtype, self.kernel_init, parent=None)
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {list(REMAT_POLICIES)}")
+        layer = self._layer()
 
         def init(key: jax.Array) -> Any:
             keys = jax.random.split(key, self.depth)
-            return jax.vmap(lambda key: layer.init(key, x_BND, *context)["params"])(keys)
+            return jax.vmap(lambda key: layer.init({"params": key}, x_BND, *context)["params"])(keys)
 
-        def apply(params: Any, x: jax.Array) -> jax.Array:
-            return constrain(layer.apply({"params": params}, x, *context), "batch", None, "embed")
+        def apply(params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
+            rngs = None if key is None else {"dropout": key}
+            return constrain(layer.apply({"params": params}, x, *context, rngs=rngs), "batch", None, "embed")
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
-        def body(carry: tuple[jax.Array, dict[int, jax.Array]], numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            (x, tapped), (number, params) = carry, numbered
-            x = apply(params, x)
+        def body(carry: tuple[jax.Array, dict[int, jax.Array]], numbered: tuple[Any, ...]) -> tuple[Any, None]:
+            (x, tapped), (number, params, key) = carry, numbered
+            x = apply(params, x, key)
             return (x, {tap: jnp.where(number == tap, x, before) for tap, before in tapped.items()}), None
 
         params = self.param("layers", init)
         tapped = {tap: constrain(jnp.zeros_like(x_BND), "batch", None, "embed") for tap in taps}
-        numbered = jnp.arange(1, self.depth + 1), params
+        keys = jax.random.split(self.make_rng("dropout"), self.depth) if self.has_rng("dropout") else None
+        numbered = jnp.arange(1, self.depth + 1), params, keys
         (x_BND, tapped), _ = jax.lax.scan(body, (x_BND, tapped), numbered, unroll=self.unroll)
         return x_BND, tapped
+
+    def step(self, x_B1D: jax.Array, caches: list[Any], position: jax.Array, *context: Any) -> tuple[Any, list[Any]]:
+        """One position through every layer, in a program without a scan; → (output, caches).
+
+        A scan would copy each layer's weights at each position. `unstacked` parameters are not even sliced.
+        """
+        layers, layer = self.get_variable("params", "layers"), self._layer()
+        layers = layers if isinstance(layers, (tuple, list)) else unstacked(layers, self.depth)
+        kept = []
+        for params, cache in zip(layers, caches, strict=True):
+            x_B1D, cache = layer.apply({"params": params}, x_B1D, cache, position, *context, method="step")
+            kept.append(cache)
+        return x_B1D, kept
+
+    def _layer(self) -> nn.Module:
+        if isinstance(self.layer, str) and self.layer not in LAYERS:
+            raise ValueError(f"layer {self.layer!r} is not one of {list(LAYERS)}")
+        build = LAYERS[self.layer] if isinstance(self.layer, str) else self.layer
+        return build(self.num_heads, self.attention, self.dtype, self.kernel_init, parent=None)
+
+
+def unstacked(layers: Any, depth: int) -> tuple[Any, ...]:
+    """Stacked parameters (a leading axis of layers) → one tree per layer."""
+    return tuple(jax.tree.map(operator.itemgetter(n), layers) for n in range(depth))
 
 
 def grid_context(stack: Stack, pos_ND: jax.Array) -> tuple[jax.Array | None, ...]:

@@ -1,0 +1,112 @@
+"""What can be said about a config before anything is built."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+INF = float("inf")
+# Least and greatest value of what has one; below or above, something far away would fail.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_steps", "global_batch", "accumulate", "max_skipped"), (1, INF)),
+    **dict.fromkeys(("data.prefetch", "eval.batch", "eval.num_images", "eval.grid", "checkpoint.keep_last"), (1, INF)),
+    **dict.fromkeys(("seed", "data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
+    **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
+    **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
+                     for size in ("width", "depth", "heads", "conv_blocks")), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{name}" for name in ("image_size", "num_latent_tokens", "features", "conv_base",
+                     "conv_multipliers", "norm_groups", "codebook_size", "code_dim", "codebook_chunk", "unroll",
+                     "distill_layer")), (1, INF)),
+    **dict.fromkeys((f"tokenizer.{name}" for name in ("kernel_gain", "position_std", "teacher_dim")), (0, INF)),
+    **dict.fromkeys((f"groups.*.{name}" for name in ("learning_rate", "end_learning_rate", "warmup_steps", "eps",
+                     "weight_decay", "clip")), (0, INF)),
+    **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
+}  # fmt: skip
+
+
+def to_json(cfg: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved config as plain JSON data (tuples become lists)."""
+    plain = cfg.to_dict() if isinstance(cfg, ConfigDict) else dict(cfg)
+    return json.loads(json.dumps(plain))
+
+
+def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
+    """What can be known to be wrong before anything is built.
+
+    Raises:
+      ValueError: naming the field, its value and the mend.
+    """
+    for field, (low, high) in BOUNDS.items():
+        for value in _values(cfg, field):
+            if isinstance(value, str) or not low <= value <= high:
+                raise ValueError(
+                    f"config.{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
+                )
+    if not cfg.tokenizer.conv_multipliers:
+        raise ValueError("config.tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
+    if cfg.global_batch % cfg.accumulate:
+        raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
+    if num_devices is not None:
+        check_mesh(cfg, num_devices)
+    choices = {
+        "dtype": ("float32", "bfloat16"),
+        "schedule": ("cosine", "constant", "wsd"),
+        "loss.pixel": ("l1", "l2"),
+        "loss.perceptual_network": ("vgg16", "alexnet"),
+        "loss.semantic_teacher": ("dinov2-s", "dinov2-b", "dinov2-l", "vgg16"),
+        "frozen.dtype": ("float32", "bfloat16"),
+        "eval.lpips": ("", "vgg16", "alexnet"),
+        "loss.adversarial": ("hinge", "non_saturating"),
+        "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
+        "data.crop": ("adm", "scale", "center"),
+        "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
+        "tokenizer.attention": ("xla", "cudnn"),
+        "discriminator.name": ("none", "patchgan", "dino"),
+        "discriminator.remat": ("none", "full", "dots"),
+        "tokenizer.estimator": ("rotation", "straight_through"),
+        "tokenizer.layout": ("1d", "2d"),
+        "tokenizer.layer_2d": ("vit", "qformer"),
+        "tokenizer.remat": ("none", "full", "dots"),
+    }
+    for field, allowed in choices.items():
+        [value] = _values(cfg, field)
+        if value not in allowed:
+            raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _values(cfg: ConfigDict, field: str) -> list[Any]:
+    """What stands at a dotted field: one value, those of every group for "groups.*.x", those of a tuple."""
+    nodes: list[Any] = [cfg]
+    for part in field.split("."):
+        nodes = [child for node in nodes for child in (node.values() if part == "*" else [node[part]])]
+    return [value for node in nodes for value in (node if isinstance(node, (tuple, list)) else [node])]
+
+
+def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
+    """The mesh's axis sizes with −1 filled in.
+
+    Raises:
+      ValueError: if they do not multiply to the device count, or the microbatch does not divide over them.
+    """
+    sizes = dict(cfg.mesh.to_dict())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"config.mesh={sizes}: an axis has at least 1 device, or -1 for all that are left")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = 1
+    for size in sizes.values():
+        fixed *= 1 if size == -1 else size
+    if len(free) > 1 or num_devices % fixed:
+        raise ValueError(f"config.mesh={sizes} does not fit {num_devices} devices; at most one axis may be -1")
+    if free:
+        sizes[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise ValueError(f"config.mesh={sizes} has {fixed} devices, {num_devices} are there; set one axis to -1")
+    shards, microbatch = sizes["data"] * sizes["fsdp"], cfg.global_batch // cfg.accumulate
+    if microbatch % shards:
+        raise ValueError(
+            f"a microbatch of {microbatch} (global_batch={cfg.global_batch} / accumulate={cfg.accumulate}) does not "
+            f"divide over data x fsdp = {shards} devices"
+        )
+    return sizes

@@ -1,0 +1,183 @@
+"""The AR generator's properties: causality, cached ≡ full, and samples that do not depend on the batch around them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gigatok_jax import config, sharding
+from gigatok_jax.generators import ar
+from gigatok_jax.sampling import ar as sampling
+from gigatok_jax.sampling import guidance
+
+FORMS = {
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "adaln": {"modulation": "adaln"},
+    "shared_adaln": {"modulation": "shared_adaln"},
+    "rope_2d": {"positions": "rope_2d"},
+}
+K, V, CLASSES = 16, 16, 5
+
+
+def section(**options):
+    """A generator's section at a size for tests."""
+    cfg = config.ar_generator()
+    cfg.update(width=32, depth=3, heads=2, hidden_multiple=16, codebook_size=V, num_latent_tokens=K)
+    cfg.update(num_classes=CLASSES, remat="none", **options)
+    return cfg
+
+
+@functools.cache
+def model_and_params(form):
+    """A generator whose parameters are all drawn, those of zero start too."""
+    model = ar.build(section(**FORMS[form]))
+    params = model.init(jax.random.key(0), jnp.zeros((1, K), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    return model, jax.tree.unflatten(structure, drawn)
+
+
+def sequences(count=3):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.integers(0, V, (count, K)), jnp.int32), jnp.arange(count, dtype=jnp.int32) % (CLASSES + 1)
+
+
+@pytest.mark.parametrize("size", config.GPT_SIZES)
+def test_published_sizes(size):
+    model = ar.build(config.ar_generator(size))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256), jnp.int32), jnp.zeros((1,), jnp.int32))
+    counts = {"b": 111_085_824, "l": 343_174_144, "xl": 775_028_480, "xxl": 1_411_367_424}
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert count == counts.get(size, count) and count > 1e8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_id_reads_its_class_and_the_ids_before_it(form):
+    model, params = model_and_params(form)
+    ids, classes = sequences(1)
+    table = params["id_embed"]["embedding"]
+
+    def logits(embedded_KD, class_row_D):
+        # Id k's row of the table stands at position k alone.
+        moved = {"id_embed": {"embedding": embedded_KD}}
+        moved["class_embed"] = {"embedding": params["class_embed"]["embedding"] + class_row_D}
+        return model.apply({"params": {**params, **moved}}, jnp.arange(K, dtype=jnp.int32)[None], classes)[0][0]
+
+    embedded = table[ids[0]]
+    by_ids, by_class = jax.jacobian(lambda e, c: logits(e, c).sum(-1), (0, 1))(embedded, jnp.zeros(32))
+    reads = np.abs(by_ids).max(-1) > 0  # (position, id)
+    np.testing.assert_array_equal(reads, np.tril(np.ones((K, K), bool), -1))
+    assert (np.abs(by_class).max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_positions_are_those_of_the_whole_sequence(form):
+    model, params = model_and_params(form)
+    ids, classes = sequences()
+    want, _ = model.apply({"params": params}, ids, classes)
+    caches, got, step = model.caches(3, jnp.float32), [], jax.jit(functools.partial(model.apply, method="step"))
+    for position in range(K):
+        before = ids[:, max(position - 1, 0)]
+        logits, caches = step({"params": params}, before, classes, caches, position)
+        got.append(logits)
+    np.testing.assert_allclose(jnp.stack(got, 1), want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+def sample(form, rows, draw=sampling.PLAIN, scale=2.0, schedule="step", mesh=None):
+    """Ids of the images numbered `rows`, each with its own class and key."""
+    model, params = model_and_params(form)
+    rows = jnp.asarray(rows, jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), rows)
+    classes, scales = rows % CLASSES, guidance.scales(schedule, scale, K)
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        classes, keys = jax.device_put((classes, keys), sharding.batch_sharding(mesh))
+    run = jax.jit(lambda params, classes, keys: sampling.generate(model, params, classes, keys, scales, draw))
+    return np.asarray(run(params, classes, keys))
+
+
+def test_an_image_is_the_same_in_any_batch_and_on_any_devices():
+    whole = sample("plain", range(8))
+    np.testing.assert_array_equal(sample("plain", [5, 2, 7]), whole[[5, 2, 7]])
+    np.testing.assert_array_equal(sample("plain", [3]), whole[[3]])
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    np.testing.assert_array_equal(sample("plain", range(8), mesh=mesh), whole)
+    assert len({row.tobytes() for row in whole}) == 8
+
+
+def test_ids_are_drawn_from_the_guided_distribution():
+    # The first id of many images of one class against its softmax.
+    model, params = model_and_params("plain")
+    count, scale = 4096, 1.5
+    keys, classes = jax.random.split(jax.random.key(3), count), jnp.full((count,), 2, jnp.int32)
+    ids = jax.jit(lambda: sampling.generate(model, params, classes, keys, guidance.scales("constant", scale, K)))()
+    both, _ = model.apply({"params": params}, jnp.zeros((2, K), jnp.int32), jnp.array([2, CLASSES]))
+    want = jax.nn.softmax(both[1, 0] + scale * (both[0, 0] - both[1, 0]))
+    seen = np.bincount(ids[:, 0], minlength=V) / count
+    assert 0.5 * np.abs(seen - want).sum() < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rectangular"])
+def test_the_null_class_is_left_out_only_where_nothing_guides_any_more(schedule):
+    # Against full passes over both classes at every position.
+    model, params = model_and_params("plain")
+    rows, scales = [0, 1, 2], guidance.scales(schedule, 3.0, K, end=0.6)
+    got = jax.jit(
+        lambda: sampling.generate(
+            model, params, jnp.array(rows), jax.random.split(jax.random.key(0), 3), scales, sampling.Draw(0)
+        )
+    )()
+    ids = np.zeros((3, K), np.int32)
+    for k in range(K):
+        logits, _ = model.apply({"params": params}, jnp.tile(ids, (2, 1)), jnp.array([*rows, *[CLASSES] * 3]))
+        ids[:, k] = jnp.argmax(logits[3:, k] + scales[k] * (logits[:3, k] - logits[3:, k]), -1)
+    np.testing.assert_array_equal(got, ids)
+
+
+def test_filters():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+    kept = lambda k, p: np.isfinite(sampling.filtered(logits, k, p))[0].tolist()  # noqa: E731
+    assert kept(0, 1.0) == [True] * 4 and kept(2, 1.0) == [True, True, False, False]
+    assert kept(0, 0.6) == [True, True, False, False] and kept(0, 0.1) == [True, False, False, False]
+    # 0.75 is before the third id of all four, 0.83 before the third of the best three.
+    assert kept(0, 0.76) == [True, True, True, False] and kept(3, 0.76) == [True, True, False, False]
+
+
+def test_dropout_needs_a_key():
+    model, params = model_and_params("plain")
+    model = ar.build(section(dropout=0.3))
+    ids, classes = sequences()
+
+    def run(**rngs):
+        return np.asarray(model.apply({"params": params}, ids, classes, rngs=rngs)[0])
+
+    assert (run() == run()).all() and (run() != run(dropout=jax.random.key(0))).any()
+    assert (run(dropout=jax.random.key(0)) != run(dropout=jax.random.key(1))).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"heads": 3}, "does not divide into 3 heads"),
+        ({"positions": "rope"}, "is not one of learned, rope_2d"),
+        ({"positions": "rope_2d", "num_latent_tokens": 15}, "square number"),
+        ({"modulation": "film"}, "is not one of none, adaln, shared_adaln"),
+    ],
+)
+def test_sections_that_cannot_work(options, words):
+    with pytest.raises(ValueError, match=words):
+        ar.build(section(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"schedule": "sigmoid"}, "not one of constant"), ({"scale": 0.5}, "at least 1"), ({"peak": 1.0}, "peak")],
+)
+def test_guidance_that_cannot_work(options, words):
+    with pytest.raises(ValueError, match=words):
+        guidance.scales(**{"schedule": "constant", "scale": 2.0, "num_tokens": K, **options})
