@@ -7,7 +7,10 @@
 The first line fetches VGG16, AlexNet and the LPIPS heads (64 MB) and the pictures (90 MB), once. Trained against LPIPS
 of AlexNet, scored by that of VGG16 on 322 held-out emoji, whose variants in skin tone and gender are held out too.
 
-Hardware: 2 CPU cores. Expected result: not yet measured.
+Hardware: 2 CPU cores, about 5 minutes without the teacher, 15 with it. Expected result (seed 0) on held-out emoji:
+
+    without  PSNR 19.1 dB (mean colours: 12.4), SSIM 0.577, LPIPS 0.413, codebook usage 98.6 %
+    vgg16    PSNR 18.9 dB,                      SSIM 0.558, LPIPS 0.430, codebook usage 99.0 %
 """
 
 from ml_collections import ConfigDict
