@@ -253,8 +253,8 @@ def input_speed(cfg: ConfigDict, *, steps: int, warmup: int, pace_ms: float) -> 
     mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
     rows = sharding.process_rows(mesh, cfg.global_batch)
     source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
-    names = ("crop", "flip", "permute_channels", "num_threads", "num_workers", "prefetch")
-    reading = {name: cfg.data[name] for name in names} | {"rows": rows, "image_size": cfg.tokenizer.image_size}
+    reading = {name: cfg.data[name] for name in ("num_threads", "num_workers", "prefetch")}
+    reading |= {"rows": rows, "element": data.element(cfg)}
     total = 1 + warmup + steps
     loader = data.TrainLoader(source, global_batch=cfg.global_batch, seed=cfg.seed, num_steps=total, **reading)
     facts = measure_input(loader, steps=steps, warmup=warmup, pace_ms=pace_ms)
@@ -263,7 +263,7 @@ def input_speed(cfg: ConfigDict, *, steps: int, warmup: int, pace_ms: float) -> 
         f"{facts['images_per_second']:.1f} images/s; {facts['first_batch_ms']:.0f} ms for the first",
         flush=True,
     )
-    return {"global_batch": cfg.global_batch, "image_size": cfg.tokenizer.image_size, "input": facts}
+    return {"global_batch": cfg.global_batch, "input": facts}
 
 
 FLAGS = flags.FLAGS

@@ -1,5 +1,6 @@
 """One optimiser per parameter group: clip by the group's norm, AdamW, schedule, average of the weights."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -52,9 +53,12 @@ class Group(NamedTuple):
 
     def mask(self, params: Any) -> Any:
         """True for the leaves this group trains."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: re.fullmatch(self.trainable, path_name(path)) is not None, params
-        )
+        return matching(self.trainable, params)
+
+
+def matching(pattern: str, params: Any) -> Any:
+    """True for the leaves whose path the pattern matches whole."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: re.fullmatch(pattern, path_name(path)) is not None, params)
 
 
 def make_groups(cfg: Mapping[str, Any]) -> dict[str, Group]:
@@ -69,14 +73,13 @@ def make_group(section: Mapping[str, Any], cfg: Mapping[str, Any]) -> Group:
     """
     transform = optax.chain(
         optax.scale_by_adam(section["b1"], section["b2"], section["eps"], mu_dtype=jnp.float32),
-        optax.add_decayed_weights(section["weight_decay"]),
+        optax.add_decayed_weights(section["weight_decay"], functools.partial(matching, section["decayed"])),
     )
-    try:
-        re.compile(section["trainable"])
-    except re.error as error:
-        raise ValueError(
-            f"config.groups.*.trainable={section['trainable']!r} is no regular expression: {error}"
-        ) from None
+    for field in ("trainable", "decayed"):
+        try:
+            re.compile(section[field])
+        except re.error as error:
+            raise ValueError(f"config.groups.*.{field}={section[field]!r} is no regular expression: {error}") from None
     rate = schedule(
         cfg["schedule"],
         peak=section["learning_rate"],

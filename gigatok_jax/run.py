@@ -13,15 +13,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from gigatok_jax import config, data, distributed, identity, metrics, objectives, optim, sharding, train_state
+from gigatok_jax import config, data, distributed, evals, identity, metrics, objectives, optim, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer
-from gigatok_jax.evals.evaluator import Evaluator
 from gigatok_jax.evals.report import write_report
 from gigatok_jax.hub import frozen
 from gigatok_jax.preemption import Stopped, StopSignal
-from gigatok_jax.train_step import broken_terms, compile_step
-
-SHOWN = ("loss/total", "loss/l2", "codebook/usage")
+from gigatok_jax.train_step import broken_terms, check_phases, compile_step
 
 
 class NonFiniteRun(RuntimeError):
@@ -43,10 +40,12 @@ class Run:
         self.objective = objectives.build(cfg)
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
-        self.evaluator = Evaluator(cfg, self.objective.reconstruct, self.mesh) if cfg.data.eval_source else None
+        self.evaluator = evals.build(cfg, self.objective, self.mesh, self.source) if cfg.data.eval_source else None
         self.frozen = frozen.of_config(cfg, self.mesh)
         self.identity = identity.identity(cfg, self.source)
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        microbatch = cfg.global_batch // cfg.accumulate
+        check_phases(self.objective, cfg.num_steps, microbatch, self.abstract, self.frozen)
         if warning := sharding.warning(self.abstract, self.mesh):
             logging.warning("%s", warning)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -65,11 +64,11 @@ class Run:
             cfg.num_steps,
             start_step=self.start,
             global_batch=cfg.global_batch,
-            show=SHOWN,
+            show=self.objective.shown,
             stream=None if main else io.StringIO(),
         )
-        tokens = self.objective.tokenizer.num_latent_tokens * cfg.global_batch
-        self.alarm = metrics.UsageAlarm(window_steps=-(-cfg.loss.usage_window // tokens))
+        window = self.objective.usage_window(cfg.global_batch)
+        self.alarm = metrics.UsageAlarm(window_steps=window) if window else None
         if main:
             (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
 
@@ -93,10 +92,7 @@ class Run:
             seed=cfg.seed,
             num_steps=cfg.num_steps,
             start_step=self.start,
-            image_size=cfg.tokenizer.image_size,
-            crop=cfg.data.crop,
-            flip=cfg.data.flip,
-            permute_channels=cfg.data.permute_channels,
+            element=data.element(cfg),
             rows=sharding.process_rows(self.mesh, cfg.global_batch),
             num_threads=cfg.data.num_threads,
             num_workers=cfg.data.num_workers,
@@ -153,7 +149,7 @@ class Run:
         for step in range(self.start, self.cfg.num_steps):
             batch = next(loader)
             self.input_wait, self.bad_records = loader.wait_seconds, loader.bad_records
-            inputs = {name: batch[name] for name in ("image", "label")}
+            inputs = {name: value for name, value in batch.items() if name != "id"}
             placed = sharding.place_batch(inputs, self.mesh, self.cfg.global_batch)
             self.state, values = self.step_fn(step, placed, stop)(self.state, self.frozen, placed)
             # Metrics are read one step late, so the device never waits for the host.
@@ -178,7 +174,8 @@ class Run:
         if self.evaluator is None or not belongs:
             return False
         path = self.workdir / "metrics.jsonl"
-        series = metrics.read_metrics(path, ["eval/psnr"]).get("eval/psnr") if path.exists() else None
+        name = f"eval/{self.evaluator.primary}"
+        series = metrics.read_metrics(path, [name]).get(name) if path.exists() else None
         return distributed.from_main(series is None or step not in series[0])
 
     def _report_pending(self) -> None:
@@ -197,7 +194,7 @@ class Run:
         last = step + 1 == self.cfg.num_steps
         if step == 0 or last or _every(step, self.cfg.log.every) or scalars["skipped_in_row"]:
             self.writer.write_scalars(step + 1, scalars)
-        if message := self.alarm.check(step + 1, scalars["codebook/usage"]):
+        if self.alarm and (message := self.alarm.check(step + 1, scalars["codebook/usage"])):
             logging.warning("%s", message)
         if not scalars["skipped_in_row"]:
             return
@@ -239,7 +236,7 @@ class Run:
         with self.progress.pause():
             scores, grid = stop.during(lambda: self.evaluator({**self.state.params, **self.state.ema}))
             self.writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
-            if distributed.is_main():
+            if grid is not None and distributed.is_main():
                 (self.workdir / "grids").mkdir(exist_ok=True)
                 grid.save(self.workdir / "grids" / f"step_{step:08d}.png")
                 self.writer.write_images(step, {"eval/reconstructions": np.asarray(grid.convert("RGB"))[None]})
@@ -262,9 +259,7 @@ class Run:
         if distributed.is_main():
             idle = int(self.state.step) == self.start  # nothing was trained: times of the run before stay
             facts = {
-                "image_size": self.cfg.tokenizer.image_size,
-                "num_latent_tokens": self.objective.tokenizer.num_latent_tokens,
-                "codebook_size": self.cfg.tokenizer.codebook_size,
+                **self.objective.facts(),
                 "num_steps": int(self.state.step),
                 "images_per_second": self.progress.images_per_second,
                 "step_seconds": self.progress.step_seconds,

@@ -75,6 +75,22 @@ def compile_step(
     return jitted.lower(abstract, frozen, batch).compile()
 
 
+def check_phases(objective: Any, num_steps: int, rows: int, abstract: TrainState, frozen: Any) -> None:
+    """Traces every phase of a run: a later one would otherwise fail where it begins, days after the start.
+
+    Args:
+      rows: images of a microbatch.
+    Raises:
+      ValueError: a phase cannot work with these sizes.
+    """
+    for phase in objective.phases(num_steps):
+        args = abstract.params, abstract.state, frozen, objective.batch(rows), jax.random.key(0), abstract.step
+        try:
+            jax.eval_shape(objective.loss(phase), *args)
+        except ValueError as error:
+            raise ValueError(f"the training step of {phase} cannot work: {error}") from error
+
+
 def _accumulated(
     total: Callable[..., Any], params: Any, state: Any, batch: Any, key: jax.Array, count: int
 ) -> tuple[jax.Array, Any, Metrics, Any]:

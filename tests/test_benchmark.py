@@ -94,4 +94,4 @@ def test_program_measures_the_input_of_a_config_that_cannot_be_built_here():
     done = run_benchmark("--config=configs/gigatok.py:s-s", *options, "--pace_ms=5")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["image_size"] == 256 and facts["input"]["steps"] == 2 and facts["input"]["wait_ms"] > 0
+    assert facts["global_batch"] == 2 and facts["input"]["steps"] == 2 and facts["input"]["wait_ms"] > 0

@@ -235,7 +235,7 @@ def loader_at(cfg, first, source, stop):
     """The batches of steps [first, stop)."""
     return data.TrainLoader(
         source, global_batch=cfg.global_batch, seed=cfg.seed, num_steps=stop, start_step=first,
-        image_size=cfg.tokenizer.image_size, crop=cfg.data.crop, flip=cfg.data.flip, num_threads=1,
+        element=data.element(cfg), num_threads=1,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from gigatok_jax.config.checks import check_mesh, to_json, validate
 from gigatok_jax.config.defaults import (
     GPT_SIZES,
     VIT_SIZES,
+    ar,
     ar_generator,
     base,
     gigatok_tokenizer,
@@ -18,6 +19,7 @@ from gigatok_jax.config.defaults import (
 __all__ = [
     "GPT_SIZES",
     "VIT_SIZES",
+    "ar",
     "ar_generator",
     "base",
     "check_mesh",

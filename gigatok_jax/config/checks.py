@@ -13,6 +13,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("data.prefetch", "eval.batch", "eval.num_images", "eval.grid", "checkpoint.keep_last"), (1, INF)),
     **dict.fromkeys(("seed", "data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
+    **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "semantic", "codebook", "commitment",
+                     "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
     **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
                      for size in ("width", "depth", "heads", "conv_blocks")), (1, INF)),
@@ -22,6 +24,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys((f"tokenizer.{name}" for name in ("kernel_gain", "position_std", "teacher_dim")), (0, INF)),
     **dict.fromkeys((f"groups.*.{name}" for name in ("learning_rate", "end_learning_rate", "warmup_steps", "eps",
                      "weight_decay", "clip")), (0, INF)),
+    **dict.fromkeys((f"generator.{name}" for name in ("width", "depth", "heads", "hidden_multiple", "codebook_size",
+                     "num_latent_tokens", "num_classes", "unroll")), (1, INF)),
+    **dict.fromkeys(("generator.class_dropout", "generator.dropout"), (0, 1)),
     **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
 }  # fmt: skip
 
@@ -44,13 +49,14 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
                 raise ValueError(
                     f"config.{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
                 )
-    if not cfg.tokenizer.conv_multipliers:
+    if "tokenizer" in cfg and not cfg.tokenizer.conv_multipliers:
         raise ValueError("config.tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
     if cfg.global_batch % cfg.accumulate:
         raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
     if num_devices is not None:
         check_mesh(cfg, num_devices)
     choices = {
+        "objective": ("tokenizer", "ar"),
         "dtype": ("float32", "bfloat16"),
         "schedule": ("cosine", "constant", "wsd"),
         "loss.pixel": ("l1", "l2"),
@@ -69,15 +75,23 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         "tokenizer.layout": ("1d", "2d"),
         "tokenizer.layer_2d": ("vit", "qformer"),
         "tokenizer.remat": ("none", "full", "dots"),
+        "generator.attention": ("xla", "cudnn"),
+        "generator.remat": ("none", "full", "dots"),
     }
     for field, allowed in choices.items():
-        [value] = _values(cfg, field)
-        if value not in allowed:
-            raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+        for value in _values(cfg, field):
+            if value not in allowed:
+                raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
 
 
 def _values(cfg: ConfigDict, field: str) -> list[Any]:
-    """What stands at a dotted field: one value, those of every group for "groups.*.x", those of a tuple."""
+    """What stands at a dotted field: one value, those of every group for "groups.*.x", those of a tuple.
+
+    None where this kind of config has no such section, or has less in it.
+    """
+    section, *rest = field.split(".")
+    if section not in cfg or (rest and rest[0] != "*" and rest[0] not in cfg[section]):
+        return []
     nodes: list[Any] = [cfg]
     for part in field.split("."):
         nodes = [child for node in nodes for child in (node.values() if part == "*" else [node[part]])]

@@ -136,6 +136,7 @@ def _group() -> ConfigDict:
             clip=10.0,
             ema=0.0,  # decay per update; 0 keeps no average
             trainable=".*",  # full-match pattern over parameter paths; the rest gets no gradient and no moments
+            decayed=".*",  # full-match pattern of those that weight decay pulls
         )
     )
 
@@ -144,6 +145,7 @@ def base() -> ConfigDict:
     """A complete config: GigaTok S-S at 256 px with the published training defaults; unlocked."""
     return ConfigDict(
         dict(
+            objective="tokenizer",  # what is trained: see `gigatok_jax.objectives`
             seed=0,
             num_steps=1_000_000,  # optimiser updates
             global_batch=128,
@@ -211,3 +213,23 @@ def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
     """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size."""
     width, depth, heads = VIT_SIZES[size]
     cfg.update({f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": heads})
+
+
+def ar(size: str = "b") -> ConfigDict:
+    """A complete config: an AR generator of a named size on stored ids, with GigaTok's published training; unlocked.
+
+    Raises:
+      ValueError: for a size that is not in `GPT_SIZES`.
+    """
+    cfg = base()
+    for section in ("tokenizer", "discriminator", "loss", "frozen"):
+        del cfg[section]
+    cfg.update(objective="ar", num_steps=1_500_000, global_batch=256, schedule="wsd")
+    cfg.generator = ar_generator(size)
+    cfg.groups = dict(generator=_group())
+    # Matrices and tables, not norms and biases; a layer axis makes every parameter of a stack look like a matrix.
+    decayed = r".*(kernel|embedding|_pos|_table)"
+    cfg.groups.generator.update(end_learning_rate=0.0, warmup_steps=5000, weight_decay=0.05, clip=1.0, decayed=decayed)
+    cfg.data = dict(source="tokens", root="", eval_source="", eval_root="", num_threads=4, num_workers=0, prefetch=4)
+    cfg.eval = dict(every=5000, batch=64, num_images=512)
+    return cfg

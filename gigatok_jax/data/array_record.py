@@ -56,7 +56,7 @@ class ArrayRecordSet(EncodedSource):
 
     def __init__(self, root: str | os.PathLike, split: str = "train"):
         folder = _folder_of(Path(root), split)
-        index = read_index(folder / INDEX)
+        self.index = index = read_index(folder / INDEX)
         shards = [shard for shard in index["shards"] if shard["records"]]
         _check_shards(folder, shards)
         self.class_names, self.identity = tuple(index["class_names"]), index["hash"]
@@ -75,11 +75,14 @@ class ArrayRecordSet(EncodedSource):
 
     def read(self, index: int) -> Encoded:
         """One image file; raises BadRecord where the shard is damaged."""
+        return from_bytes(*self.raw(index))
+
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """(a record's bytes, its place); raises BadRecord where the shard is damaged."""
         try:
-            data = self._raw[index]
+            return self._raw[index], self._place(index)
         except (RuntimeError, OSError) as error:
             raise BadRecord(self._place(index), f"cannot be read ({error})") from error
-        return from_bytes(data, self._place(index))
 
     def _place(self, index: int) -> str:
         ends = np.cumsum([records for _, records in self._shards])

@@ -17,15 +17,10 @@ import numpy as np
 from absl import logging
 from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
 
-from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
+from gigatok_jax.data.elements import ImageElement, TokenElement
 from gigatok_jax.data.records import Record, Source
 
-CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
-    "adm": lambda image, size, rng: transforms.adm_random_crop(image, size, transforms.integers_of(rng)),
-    "scale": transforms.random_scale_crop,
-    "center": lambda image, size, rng: transforms.adm_center_crop(image, size),
-}
 # Records tried for one position: all of a small set; so many bad ones in a row mean that the whole set is broken.
 MAX_ATTEMPTS = 256
 # Distance in the permuted order to a bad record's substitute: far, so that it is rarely in the same batch.
@@ -100,11 +95,7 @@ class _Load:
         position = step * self.options["global_batch"] + low + row
         index, record, bad = self._first_good(position)
         rng = np.random.default_rng([_AUGMENT, self.options["seed"], position])
-        image = CROPS[self.options["crop"]](record.image, self.options["image_size"], rng)
-        image = transforms.horizontal_flip(image, self.options["flip"] and rng.random() < 0.5)
-        if self.options["permute_channels"]:
-            image = image[..., rng.permutation(3)]
-        return {"image": image, "label": record.label, "id": index, "bad": bad}
+        return {**self.options["element"](record, rng), "id": index, "bad": bad}
 
     def _first_good(self, position: int) -> tuple[int, Record, tuple[tuple[str, str], ...]]:
         bad: list[tuple[str, str]] = []
@@ -128,20 +119,17 @@ class NoUsableImages(RuntimeError):
 
 def stack_rows(elements: list[dict[str, Any]]) -> dict[str, Any]:
     """Elements to one batch; "bad" becomes the list of all their (name, reason) pairs."""
-    return {
-        "image": np.stack([e["image"] for e in elements]),
-        "label": np.array([e["label"] for e in elements], np.int32),
-        "id": np.array([e["id"] for e in elements], np.int64),
-        "bad": [pair for e in elements for pair in e["bad"]],
-    }
+    batch = {name: np.stack([e[name] for e in elements]) for name in elements[0] if name != "bad"}
+    numbers = {"label": batch["label"].astype(np.int32), "id": batch["id"].astype(np.int64)}
+    return {**batch, **numbers, "bad": [pair for e in elements for pair in e["bad"]]}
 
 
 class TrainLoader:
     """Iterator over the training batches of steps start_step, start_step + 1, ..., num_steps - 1.
 
-    Each batch is `{"image": (b, S, S, 3) uint8, "label": (b,) int32, "id": (b,) int64}`, where S is
-    image_size and b the number of rows of this process. "id" is the record really used. A bad record is
-    replaced by a substitute that depends on (seed, position) only, and is logged once.
+    Each batch is what `element` gives, stacked, for the b rows of this process, such as `{"image": (b, S, S, 3) uint8,
+    "label": (b,) int32}`, with "id": (b,) int64, the record really used. A bad record is replaced by a substitute that
+    depends on (seed, position) only, and is logged once.
 
     With `num_workers > 0` the work runs in spawned processes: the script needs a `__main__` guard and parsed
     absl flags (as under `absl.app.run`), and batches travel through /dev/shm. Use `close()` or `with` to end
@@ -152,11 +140,8 @@ class TrainLoader:
         global_batch: rows per step over all processes.
         seed: non-negative integer; names the whole order and every augmentation.
         num_steps: the run's number of steps, counted from step 0.
-        image_size: side of the square images.
+        element: what becomes of a record, see `data.elements`.
         start_step: first step to give; a resumed run passes its step.
-        crop: "adm" (shorter side near image_size), "scale" (every scale of a large picture), "center".
-        flip: mirror half of the images.
-        permute_channels: put red, green and blue in a random order, so that a few pictures show many colours.
         rows: this process' (low, high) slice of the global batch; None is all of it.
         num_threads: reading threads (in each worker); 0 reads in the caller's thread.
         num_workers: processes; 0 is threads only.
@@ -179,31 +164,25 @@ class TrainLoader:
         global_batch: int,
         seed: int,
         num_steps: int,
-        image_size: int,
+        element: ImageElement | TokenElement,
         start_step: int = 0,
-        crop: str = "adm",
-        flip: bool = True,
-        permute_channels: bool = False,
         rows: tuple[int, int] | None = None,
         num_threads: int = 8,
         num_workers: int = 0,
         prefetch: int = 2,
     ):
         rows = (0, global_batch) if rows is None else tuple(rows)
-        if crop not in CROPS:
-            raise ValueError(f"unknown crop {crop!r}; crops: {', '.join(CROPS)}")
+        element.check()
         require(len(source) > 0, "the source is empty")
         require(seed >= 0, f"seed must not be negative, got {seed}")
         require(global_batch >= 1, f"global_batch must be at least 1, got {global_batch}")
-        require(image_size >= 1, f"image_size must be at least 1, got {image_size}")
         require(0 <= start_step <= num_steps, f"start_step {start_step} is not in [0, num_steps={num_steps}]")
         require(0 <= rows[0] < rows[1] <= global_batch, f"rows {rows} is no slice of {global_batch} global rows")
         require(min(num_threads, num_workers) >= 0, "num_threads and num_workers must not be negative")
         require(prefetch >= 1, f"prefetch must be at least 1, got {prefetch}")
         self.bad_records: dict[str, str] = {}
         self.wait_seconds = 0.0
-        options = {"global_batch": global_batch, "seed": seed, "image_size": image_size, "crop": crop}
-        options |= {"flip": flip, "permute_channels": permute_channels}
+        options = {"global_batch": global_batch, "seed": seed, "element": element}
         reading = {"num_threads": num_threads, "num_workers": num_workers, "prefetch": prefetch}
         load = _Load(source, rows, options)
         self._batches = iter(read_batches(load, start_step, num_steps, rows[1] - rows[0], **reading))

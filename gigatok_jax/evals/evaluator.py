@@ -27,6 +27,8 @@ class Evaluator:
       ValueError: for a source with fewer images than `config.eval.num_images`, or pictures smaller than the crops.
     """
 
+    primary = "psnr"
+
     def __init__(self, cfg: Mapping[str, Any], reconstruct: Reconstruct, mesh: Mesh):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._mesh, self._settings = mesh, cfg["eval"]

@@ -28,17 +28,18 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     before = json.loads(path.read_text()) if path.exists() else {}
     report = {name: before.get(name) if value is None else value for name, value in facts.items()}
     report["bad_records"] = {**before.get("bad_records", {}), **facts["bad_records"]}
-    report["psnr_first"], report["psnr_last"] = ends("eval/psnr")
-    for name in ("psnr_mean_colour", "ssim", "num_images", "perplexity"):
-        report[name] = ends(f"eval/{name}")[1]
-    report |= {name.removeprefix("eval/"): ends(name)[1] for name in series if name.startswith("eval/lpips")}
-    report["codebook_usage"] = ends("eval/usage")[1]
-    report["codebook_usage_training_window"] = ends("codebook/usage")[1]
+    scores = {name.removeprefix("eval/"): ends(name) for name in series if name.startswith("eval/")}
+    if "psnr" in scores:
+        report["psnr_first"], report["psnr_last"] = scores.pop("psnr")
+    report |= {{"usage": "codebook_usage"}.get(name, name): last for name, (_, last) in scores.items()}
+    if "codebook/usage" in series:
+        report["codebook_usage_training_window"] = ends("codebook/usage")[1]
     report["skipped_updates"] = ends("skipped")[1]
     terms = sorted(name for name in series if name.startswith("loss/"))
     report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
     path.write_text(json.dumps(report, indent=2) + "\n")
-    keys = [*terms, *(name for name in ("eval/psnr", "eval/ssim", "codebook/usage") if name in series)]
+    shown = ("eval/psnr", "eval/ssim", "codebook/usage", "eval/ar_val_loss", "accuracy")
+    keys = [*terms, *(name for name in shown if name in series)]
     pictures = sorted((workdir / "grids").glob("*.png"))[-1:]
     if keys:  # a run that was stopped while starting up has nothing to draw
         curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)

@@ -37,8 +37,11 @@ def load(
 
 def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """The networks that a config's objective calls; see `load`."""
+    roles = objectives.networks(cfg)
+    if not roles:
+        return {}
     grid, preset = objectives.latent_grid(cfg), cfg["sharding"]["preset"]
-    return load(objectives.networks(cfg), cfg["frozen"], grid=grid, mesh=mesh, preset=preset)
+    return load(roles, cfg["frozen"], grid=grid, mesh=mesh, preset=preset)
 
 
 def hashes(roles: Mapping[str, str], folder: str) -> dict[str, str]:

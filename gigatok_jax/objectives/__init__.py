@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from gigatok_jax import teachers as frozen_networks
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
+from gigatok_jax.generators import ar
 from gigatok_jax.objectives import teachers as functions
+from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
 from gigatok_jax.tokenizers import gigatok
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
@@ -18,6 +20,8 @@ FAMILIES = {"gigatok": gigatok.build}
 
 def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
     """The frozen networks that a config's objective calls, {role: name}; their parameters travel in `frozen`."""
+    if cfg["objective"] != "tokenizer":
+        return {}
     loss, roles = cfg["loss"], {}
     if loss["perceptual_weight"]:
         roles["perceptual"] = loss["perceptual_network"]
@@ -34,7 +38,7 @@ def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return (tokenizer.image_size // tokenizer.factor,) * 2
 
 
-def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None) -> TokenizerObjective:
+def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None) -> TokenizerObjective | ARObjective:
     """The objective of a config.
 
     Args:
@@ -42,6 +46,9 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
     Raises:
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
+    if cfg["objective"] == "ar":
+        generator = ar.build(cfg["generator"], dtype=jnp.dtype(cfg["dtype"]))
+        return ARObjective(generator, cfg["generator"]["class_dropout"])
     weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
     tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
     return TokenizerObjective(

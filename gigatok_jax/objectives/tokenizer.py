@@ -60,6 +60,8 @@ class TokenizerObjective(NamedTuple):
     teachers: Mapping[str, Teacher]
     accumulate: int = 1
 
+    shown = ("loss/total", "loss/l2", "codebook/usage")
+
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
         size = self.tokenizer.image_size
@@ -84,9 +86,30 @@ class TokenizerObjective(NamedTuple):
             adversarial=self.discriminator is not None and step + 1 >= self.weights.discriminator_start,
         )
 
+    def phases(self, num_steps: int) -> list[Phase]:
+        """The phases of a run, in order."""
+        starts = {0, self.weights.auxiliary_end - 1, self.weights.discriminator_start - 1}
+        return list(dict.fromkeys(self.phase(step) for step in sorted(starts) if 0 <= step < num_steps))
+
+    def batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a batch of `rows` images looks like."""
+        size = self.tokenizer.image_size
+        image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        return {"image": image, "label": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+
     def active(self, phase: Phase) -> tuple[str, ...]:
         """The groups that are trained in a phase."""
         return ("tokenizer", "discriminator") if phase.adversarial else ("tokenizer",)
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says about the model."""
+        tokenizer = self.tokenizer
+        facts = {"image_size": tokenizer.image_size, "num_latent_tokens": tokenizer.num_latent_tokens}
+        return {**facts, "codebook_size": self.codebook_size}
+
+    def usage_window(self, global_batch: int) -> int | None:
+        """Steps over which codebook usage is counted."""
+        return -(-self.weights.usage_window // (global_batch * self.tokenizer.num_latent_tokens))
 
     def reconstruct(self, params: Mapping[str, Any], image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images in [−1, 1] → (reconstructions, ids)."""

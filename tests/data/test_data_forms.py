@@ -18,10 +18,10 @@ from forms import (
     write_tfds,
 )
 
-from gigatok_jax.data import BadRecord, ImageFolder, TrainLoader, eval_batches, make_source
+from gigatok_jax.data import BadRecord, ImageElement, ImageFolder, TrainLoader, eval_batches, make_source
 from gigatok_jax.data.packing import pack
 
-LOADING = {"global_batch": 5, "seed": 3, "num_steps": 6, "image_size": 16, "num_threads": 3}
+LOADING = {"global_batch": 5, "seed": 3, "num_steps": 6, "element": ImageElement(16), "num_threads": 3}
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from data_zoo import BAD, GOOD
 
-from gigatok_jax.data import BadRecord, ImageFolder, Record, TrainLoader, adm_center_crop, sample_ids
+from gigatok_jax.data import BadRecord, ImageElement, ImageFolder, Record, TrainLoader, adm_center_crop, sample_ids
 from gigatok_jax.data import pipeline as pipeline_lib
 
-BASE = {"global_batch": 6, "seed": 11, "num_steps": 4, "image_size": 16, "num_threads": 2}
+BASE = {"global_batch": 6, "seed": 11, "num_steps": 4, "element": ImageElement(16), "num_threads": 2}
 
 
 class Numbered:
@@ -86,8 +86,8 @@ def test_ids_are_sample_ids_where_no_record_is_bad():
 @pytest.mark.parametrize("crop", ["adm", "scale", "center"])
 def test_two_processes_halves_are_the_whole_batch(zoo, crop):
     source = ImageFolder(zoo)
-    whole = batches(source, crop=crop)
-    low, high = (batches(source, crop=crop, rows=rows) for rows in ((0, 2), (2, 6)))
+    whole = batches(source, element=ImageElement(16, crop))
+    low, high = (batches(source, element=ImageElement(16, crop), rows=rows) for rows in ((0, 2), (2, 6)))
     assert_same(whole, [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(low, high)])
 
 
@@ -117,7 +117,7 @@ def test_seed_and_position_move_the_crop(zoo):
     first, other = batches(source), batches(source, seed=12)
     assert any((a["image"] != b["image"]).any() for a, b in zip(first, other))
     seen = {}
-    for batch in batches(source, num_steps=12, flip=False):
+    for batch in batches(source, num_steps=12, element=ImageElement(16, flip=False)):
         for index, image in zip(batch["id"], batch["image"]):
             seen.setdefault(int(index), set()).add(image.tobytes())
     # The CMYK file is of one colour.
@@ -126,7 +126,9 @@ def test_seed_and_position_move_the_crop(zoo):
 
 def test_permuted_channels_are_the_same_planes_in_all_orders(zoo):
     source = ImageFolder(zoo)
-    plain, permuted = (batches(source, crop="center", permute_channels=on, num_steps=20) for on in (False, True))
+    plain, permuted = (
+        batches(source, element=ImageElement(16, "center", permute_channels=on), num_steps=20) for on in (False, True)
+    )
     orders = set()
     for p, q in ((p, q) for a, b in zip(plain, permuted) for p, q in zip(a["image"], b["image"])):
         assert sorted(plane.tobytes() for plane in np.moveaxis(p, -1, 0)) == sorted(
@@ -138,7 +140,7 @@ def test_permuted_channels_are_the_same_planes_in_all_orders(zoo):
 
 def test_flip_mirrors_about_half(zoo):
     source = ImageFolder(zoo)
-    plain, flipped = (batches(source, crop="center", flip=flip, num_steps=20) for flip in (False, True))
+    plain, flipped = (batches(source, element=ImageElement(16, "center", flip), num_steps=20) for flip in (False, True))
     images = [(p, f) for a, b in zip(plain, flipped) for p, f in zip(a["image"], b["image"])]
     same = [np.array_equal(p, f) for p, f in images]
     assert all(s or np.array_equal(p[:, ::-1], f) for s, (p, f) in zip(same, images))
@@ -150,7 +152,7 @@ def test_zoo_is_run_through_and_every_bad_file_named(zoo, caplog):
     used = {}
     with (
         caplog.at_level(logging.WARNING, "absl"),
-        TrainLoader(source, **(BASE | {"num_steps": 6}), crop="center", flip=False) as loader,
+        TrainLoader(source, **(BASE | {"num_steps": 6, "element": ImageElement(16, "center", False)})) as loader,
     ):
         for batch in loader:
             for index, label, image in zip(batch["id"], batch["label"], batch["image"]):
@@ -244,11 +246,11 @@ def test_wait_is_measured():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"crop": "middle"}, "unknown crop 'middle'; crops: adm, scale, center"),
+        ({"element": ImageElement(16, "middle")}, "unknown crop 'middle'; crops: adm, scale, center"),
         ({"rows": (2, 7)}, r"rows \(2, 7\) is no slice of 6 global rows"),
         ({"rows": (2, 2)}, "no slice"),
         ({"start_step": 5}, r"start_step 5 is not in \[0, num_steps=4\]"),
-        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"element": ImageElement(0)}, "image_size must be at least 1"),
         ({"global_batch": 0}, "global_batch must be at least 1"),
         ({"seed": -1}, "seed must not be negative"),
         ({"num_workers": -1}, "must not be negative"),

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from gigatok_jax.data import Record, TrainLoader
+from gigatok_jax.data import ImageElement, Record, TrainLoader
 from gigatok_jax.data.speed import measure_input
 
 
@@ -26,7 +26,9 @@ class Slow:
 
 
 def measured(seconds, **options):
-    loader = TrainLoader(Slow(seconds), global_batch=4, seed=0, num_steps=12, image_size=8, num_threads=1, prefetch=1)
+    loader = TrainLoader(
+        Slow(seconds), global_batch=4, seed=0, num_steps=12, element=ImageElement(8), num_threads=1, prefetch=1
+    )
     return measure_input(loader, steps=8, warmup=2, **options)
 
 
@@ -39,6 +41,6 @@ def test_a_fast_consumer_waits_and_a_slow_one_does_not():
 
 @pytest.mark.parametrize("options, message", [({"steps": 0}, "steps 0"), ({"steps": 1, "pace_ms": -1}, "pace_ms -1")])
 def test_refusals(options, message):
-    loader = TrainLoader(Slow(0), global_batch=4, seed=0, num_steps=12, image_size=8)
+    loader = TrainLoader(Slow(0), global_batch=4, seed=0, num_steps=12, element=ImageElement(8))
     with loader, pytest.raises(ValueError, match=message):
         measure_input(loader, **options)

@@ -10,26 +10,23 @@ the stored tree depends on leaf names alone, not on which container class held t
 
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-# May differ between the run that saved and the run that resumes: how it is watched, placed and fed, never what
-# is computed (but for rounding). fnmatch patterns over dotted keys. `num_steps` is not free: schedules end there.
-RUN_ONLY_KEYS = (
-    "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "max_skipped", "data.num_threads", "data.num_workers",
-    "data.prefetch", "data.root", "data.eval_*", "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat",
-    "tokenizer.remat_convs", "tokenizer.unroll", "discriminator.remat", "frozen.folder", "frozen.remat",
-)  # fmt: skip
-
-_SHOWN = 5  # mismatching leaves named in an error; the rest are counted
-
-
-class CheckpointMismatch(ValueError):
-    """The checkpoint belongs to another config or model; the message lists what differs and the mend."""
+from gigatok_jax.checkpoint.comparison import (
+    CheckpointMismatch,
+    checked_leaves,
+    config_diff,
+    json_only,
+    leaf_mismatches,
+    named_leaves,
+    require_same_run,
+    some,
+    state_message,
+)
 
 
 class Checkpointer:
@@ -96,9 +93,9 @@ class Checkpointer:
         if self._read_only:
             raise RuntimeError(f"{self.directory} was opened read-only")
         items = {
-            "state": ocp.args.StandardSave(_checked_leaves(state)),
-            "config": _Json(_json_only(config, "config")),
-            "extra": _Json(_json_only(extra or {}, "extra")),
+            "state": ocp.args.StandardSave(checked_leaves(state)),
+            "config": _Json(json_only(config, "config")),
+            "extra": _Json(json_only(extra or {}, "extra")),
         }
         latest = self.latest_step()
         if latest is not None and step < latest:
@@ -145,13 +142,13 @@ class Checkpointer:
         stored = self._manager.restore(step, args=ocp.args.Composite(config=_Json(), extra=_Json()))
         where = f"step {step} in {self.directory}"
         if not allow_config_change:
-            _require_same_run(stored["config"], config, where)
-        wanted = _named_leaves(abstract_state)
+            require_same_run(stored["config"], config, where)
+        wanted = named_leaves(abstract_state)
         if unplaced := [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]:
-            raise ValueError(f"abstract_state needs a sharding on every leaf; missing on {_some(unplaced)}")
+            raise ValueError(f"abstract_state needs a sharding on every leaf; missing on {some(unplaced)}")
         saved = self._manager.item_metadata(step)["state"].tree
-        if wrong := _leaf_mismatches(saved, wanted):
-            raise CheckpointMismatch(_state_message(where, wrong, config_diff(stored["config"], config)))
+        if wrong := leaf_mismatches(saved, wanted):
+            raise CheckpointMismatch(state_message(where, wrong, config_diff(stored["config"], config)))
         target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
         request = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         loaded = self._manager.restore(step, args=request)["state"]
@@ -174,106 +171,6 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
         return steps[-1] if step is None else step
-
-
-def config_diff(saved: dict, current: dict) -> list[str]:
-    """Every difference as a line, 'tokenizer.width: saved 512, now 768', sorted by key.
-
-    Both sides are compared as JSON would store them (a tuple is a list).
-
-    Raises:
-      TypeError: a value is no JSON.
-    """
-    return [f"{key}: {text}" for key, text in _differences(saved, current).items()]
-
-
-def _differences(saved: dict, current: dict) -> dict[str, str]:
-    old, new = _flatten(_json_only(saved, "saved config")), _flatten(_json_only(current, "config"))
-
-    def equal(a, b):
-        # 1 and 1.0 are one number in a config, 1 and True are not.
-        return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-    def show(side, key):
-        return json.dumps(side[key]) if key in side else "absent"
-
-    same = {k for k in old.keys() & new.keys() if equal(old[k], new[k])}
-    return {k: f"saved {show(old, k)}, now {show(new, k)}" for k in sorted((old.keys() | new.keys()) - same)}
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _json_only(tree: dict, what: str) -> dict:
-    """`tree` as it reads back from JSON; a TypeError names the key that cannot be written."""
-    for key, value in _flatten(tree).items():
-        try:
-            json.dumps(value)
-        except TypeError as err:
-            raise TypeError(f"{what} key {key!r} holds a {type(value).__name__}: no JSON") from err
-    return json.loads(json.dumps(tree))
-
-
-def _run_only(key: str) -> bool:
-    return any(fnmatchcase(key, p) or key == p.removesuffix(".*") for p in RUN_ONLY_KEYS)
-
-
-def _require_same_run(saved: dict, current: dict, where: str) -> None:
-    lines = [f"  {key}: {text}" for key, text in _differences(saved, current).items() if not _run_only(key)]
-    if lines:
-        raise CheckpointMismatch(
-            f"{where} was written with another config:\n" + "\n".join(lines) + "\n"
-            "Use the config of that run, another --workdir, or --allow_config_change to go on all the same."
-        )
-
-
-def _named_leaves(tree) -> dict:
-    named = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name in named:
-            raise ValueError(f"two leaves of the state share the name {name}")
-        named[name] = leaf
-    return named
-
-
-def _checked_leaves(state) -> dict:
-    """Refuses what Orbax would refuse on one process while the others wait for it."""
-    named = _named_leaves(state)
-    if wrong := [n for n, x in named.items() if not isinstance(x, jax.Array)]:
-        raise TypeError(f"the state must hold jax.Arrays only; not so: {_some(wrong)}")
-    if empty := [n for n, x in named.items() if x.size == 0]:
-        raise ValueError(f"the state has leaves without elements, which cannot be stored: {_some(empty)}")
-    if jax.process_count() > 1 and (local := [n for n, x in named.items() if x.is_fully_addressable]):
-        raise ValueError(f"leaves on one process only (make them by jit with out_shardings): {_some(local)}")
-    return named
-
-
-def _leaf_mismatches(saved: dict, wanted: dict) -> list[str]:
-    def show(side, name):
-        return f"{side[name].dtype}{list(side[name].shape)}" if name in side else "absent"
-
-    pairs = [(name, show(saved, name), show(wanted, name)) for name in sorted(saved.keys() | wanted.keys())]
-    return [f"{name}: saved {old}, now {new}" for name, old, new in pairs if old != new]
-
-
-def _state_message(where: str, wrong: list[str], config_lines: list[str]) -> str:
-    more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-    body = [f"{where} does not fit this model:", *(f"  {line}" for line in wrong[:_SHOWN]), *more]
-    body += ["The configs differ in:" if config_lines else "The configs are equal: the code has changed."]
-    body += [f"  {line}" for line in config_lines]
-    return "\n".join([*body, "Use the config of that run, or another --workdir to start anew."])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 class _ReadableJson(ocp.JsonCheckpointHandler):
