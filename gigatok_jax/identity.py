@@ -1,6 +1,7 @@
 """What a run is trained on besides its config: its images and its frozen networks, and whether they are still the same.
 
-Stored beside every checkpoint: {"data": {"records", "names"}, "frozen": {role: SHA-256}}.
+Stored beside every checkpoint: {"data": {"records", "names"}, "frozen": {role: SHA-256}, "facts": {"class_names",
+"tokenizer"}}; the last are not compared, they are what a bundle says of its data.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,11 @@ def identity(cfg: Mapping[str, Any], source: data.Source) -> dict[str, Any]:
       ValueError: the processes see different images or weights.
       FileNotFoundError: the weights of a frozen network are missing.
     """
+    roles = objectives.networks(cfg)
     found = {
         "data": data.fingerprint(source),
-        "frozen": frozen.hashes(objectives.networks(cfg), cfg["frozen"]["folder"]),
+        "frozen": frozen.hashes(roles, cfg["frozen"]["folder"]) if roles else {},
+        "facts": {"class_names": list(source.class_names), "tokenizer": getattr(source, "tokenizer", None)},
     }
     if not distributed.same_everywhere(str(found)):
         raise ValueError(

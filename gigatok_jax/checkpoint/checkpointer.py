@@ -9,10 +9,12 @@ the stored tree depends on leaf names alone, not on which container class held t
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -139,21 +141,46 @@ class Checkpointer:
         """
         self.wait()
         step = self._pick(step)
-        stored = self._manager.restore(step, args=ocp.args.Composite(config=_Json(), extra=_Json()))
+        _, config_then, extra = self.stored(step)
         where = f"step {step} in {self.directory}"
         if not allow_config_change:
-            require_same_run(stored["config"], config, where)
+            require_same_run(config_then, config, where)
         wanted = named_leaves(abstract_state)
         if unplaced := [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]:
             raise ValueError(f"abstract_state needs a sharding on every leaf; missing on {some(unplaced)}")
         saved = self._manager.item_metadata(step)["state"].tree
         if wrong := leaf_mismatches(saved, wanted):
-            raise CheckpointMismatch(state_message(where, wrong, config_diff(stored["config"], config)))
+            raise CheckpointMismatch(state_message(where, wrong, config_diff(config_then, config)))
         target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
         request = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         loaded = self._manager.restore(step, args=request)["state"]
         leaves = [loaded[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), stored["extra"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), extra
+
+    def stored(self, step: int | None = None) -> tuple[int, dict, dict]:
+        """(step, its config, its `extra`) of a step, the newest if None.
+
+        Raises:
+          FileNotFoundError: the folder holds no checkpoint, or not that step.
+        """
+        step = self._pick(step)
+        items = self._manager.restore(step, args=ocp.args.Composite(config=_Json(), extra=_Json()))
+        return step, items["config"], items["extra"]
+
+    def read_leaves(self, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
+        """({name: shape and dtype}, reader) of a step; the reader brings a leaf ("params.tokenizer.…") to the host.
+
+        Only what is asked for is read, so that the largest state can be taken apart on one host.
+        """
+        folder = f"{self.directory}/{step}/state"
+        reader = ocp.PyTreeCheckpointer()
+
+        def read(name: str) -> np.ndarray:
+            how = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+            request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=how, partial_restore=True)
+            return reader.restore(folder, args=request)[name]
+
+        return dict(self._manager.item_metadata(step)["state"].tree), read
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk; raises the error of a background write."""

@@ -12,6 +12,7 @@ from gigatok_jax import config, sharding
 from gigatok_jax.generators import ar
 from gigatok_jax.sampling import ar as sampling
 from gigatok_jax.sampling import guidance
+from tests.tiny import tiny_generator
 
 FORMS = {
     "plain": {},
@@ -20,21 +21,14 @@ FORMS = {
     "shared_adaln": {"modulation": "shared_adaln"},
     "rope_2d": {"positions": "rope_2d"},
 }
-K, V, CLASSES = 16, 16, 5
-
-
-def section(**options):
-    """A generator's section at a size for tests."""
-    cfg = config.ar_generator()
-    cfg.update(width=32, depth=3, heads=2, hidden_multiple=16, codebook_size=V, num_latent_tokens=K)
-    cfg.update(num_classes=CLASSES, remat="none", **options)
-    return cfg
+TINY = tiny_generator()
+K, V, CLASSES = (TINY[name] for name in ("num_latent_tokens", "codebook_size", "num_classes"))
 
 
 @functools.cache
 def model_and_params(form):
     """A generator whose parameters are all drawn, those of zero start too."""
-    model = ar.build(section(**FORMS[form]))
+    model = ar.build(tiny_generator(**FORMS[form]))
     params = model.init(jax.random.key(0), jnp.zeros((1, K), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -150,7 +144,7 @@ def test_filters():
 
 def test_dropout_needs_a_key():
     model, params = model_and_params("plain")
-    model = ar.build(section(dropout=0.3))
+    model = ar.build(tiny_generator(dropout=0.3))
     ids, classes = sequences()
 
     def run(**rngs):
@@ -171,7 +165,7 @@ def test_dropout_needs_a_key():
 )
 def test_sections_that_cannot_work(options, words):
     with pytest.raises(ValueError, match=words):
-        ar.build(section(**options))
+        ar.build(tiny_generator(**options))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""A training checkpoint → a bundle that a tokenizer or generator is used from.
+
+    python -m gigatok_jax.export --checkpoint=runs/quickstart --bundle=bundles/tokenizer
+
+Works on one host without an accelerator, for the largest size too: one tensor at a time is in memory. The last line
+printed is one JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+import gigatok_jax
+from gigatok_jax.checkpoint import Checkpointer
+from gigatok_jax.hub import bundle
+
+WEIGHTS = ("auto", "ema", "raw")
+
+
+def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str = "auto") -> dict[str, Any]:
+    """Writes a bundle from a run's folder, or its `checkpoints`; returns what its `config.json` holds.
+
+    Args:
+      step: which checkpoint; the newest if None.
+      weights: "ema", "raw", or "auto": the average where the run kept one.
+
+    Raises:
+      FileNotFoundError: no checkpoint there, or not that step.
+      ValueError: no average was kept, or the checkpoint's config cannot be built.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"--weights={weights} is not one of {', '.join(WEIGHTS)}")
+    folder = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; --checkpoint is a run's --workdir")
+    with Checkpointer(folder, read_only=True) as checkpoints:
+        step, cfg, extra = checkpoints.stored(step)
+        kind = "generator" if "generator" in cfg else "tokenizer"
+        leaves, read = checkpoints.read_leaves(step)
+        averaged = any(name.startswith(f"ema.{kind}.") for name in leaves)
+        if weights == "ema" and not averaged:
+            raise ValueError(f"{folder} keeps no average of the {kind} (config.groups.{kind}.ema=0): use --weights=raw")
+        source = "ema" if averaged and weights != "raw" else "params"
+        facts = extra.get("facts", {})
+        provenance = {
+            "config": cfg,
+            "step": step,
+            "weights": source,
+            "data": extra.get("data"),
+            "versions": {"gigatok_jax": gigatok_jax.__version__, "jax": jax.__version__},
+        }
+        return bundle.save(
+            out,
+            kind,
+            cfg[kind],
+            lambda path: read(f"{source}.{kind}." + path.replace("/", ".")),
+            class_names=tuple(facts.get("class_names", ())),
+            tokenizer=facts.get("tokenizer"),
+            provenance=provenance,
+        )
+
+
+def define_flags() -> None:
+    """Called only where this module is the program."""
+    flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.", required=True)
+    flags.DEFINE_string("bundle", None, "Folder to write.", required=True)
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+    flags.DEFINE_enum("weights", "auto", WEIGHTS, "Averaged or raw weights; auto: averaged where the run kept them.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
+    options = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # the accelerator may be taken by the run
+    try:
+        content = export(Path(options.checkpoint), Path(options.bundle), step=options.step, weights=options.weights)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    shown = {"bundle": options.bundle, "kind": content["kind"], "hash": content["hash"]}
+    print(json.dumps({**shown, "step": content["provenance"]["step"], "weights": content["provenance"]["weights"]}))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,236 @@
+"""Bundles: a folder with `config.json` and `model.safetensors` that a tokenizer or generator is used from.
+
+`config.json` is data with a closed set of names, never an import path; weights are named by our parameter paths.
+Nothing is unpickled, and nothing outside the folder is read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from gigatok_jax import config, objectives
+from gigatok_jax.generators import ar
+from gigatok_jax.hub import keymap
+from gigatok_jax.hub.streaming import write_streamed
+from gigatok_jax.hub.tensors import sha256
+
+SCHEMA = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FIELDS = ("schema", "kind", "section", "class_names", "tokenizer", "provenance", "weights_sha256", "hash")
+SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
+    "tokenizer": {"gigatok": config.gigatok_tokenizer},
+    "generator": {"ar": config.ar_generator},
+}
+# How a section is run, not what it computes: two bundles that differ in these alone are the same.
+RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+class Bundle(NamedTuple):
+    """What a folder holds.
+
+    kind: "tokenizer" or "generator".   section: the config section of that name.   params: nested numpy arrays.
+    class_names: of the data trained on.   tokenizer: of a generator, what wrote its ids ("hash" and sizes), else None.
+    provenance: resolved config, step, versions, for people.   hash: names section and weights.
+    """
+
+    kind: str
+    section: dict[str, Any]
+    params: dict[str, Any]
+    class_names: tuple[str, ...]
+    tokenizer: dict[str, Any] | None
+    provenance: dict[str, Any]
+    hash: str
+
+    def model(self, dtype: str = "float32") -> Any:
+        """The network that the parameters are of."""
+        return build_model(self.kind, self.section, dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """Of a tokenizer: what token shards and generators keep of it."""
+        names = ("codebook_size", "num_latent_tokens", "image_size")
+        return {"hash": self.hash, **{name: self.section[name] for name in names}}
+
+
+def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
+    """The network of a section; raises ValueError for sizes that its family refuses."""
+    build = objectives.build_tokenizer if kind == "tokenizer" else lambda section, dtype: ar.build(section, dtype=dtype)
+    return build(section, jnp.dtype(dtype))
+
+
+def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
+    model = build_model(kind, {**section, "attention": "xla"})
+    if kind == "tokenizer":
+        inputs = [jnp.zeros((1, section["image_size"], section["image_size"], 3))]
+    else:
+        inputs = [jnp.zeros((1, section["num_latent_tokens"]), jnp.int32), jnp.zeros((1,), jnp.int32)]
+    shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x), *inputs)["params"]
+    return dict(sorted(keymap.flatten(shapes).items()))
+
+
+def save(
+    folder: str | os.PathLike,
+    kind: str,
+    section: Mapping[str, Any],
+    read: Callable[[str], np.ndarray],
+    *,
+    class_names: tuple[str, ...] = (),
+    tokenizer: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Writes a bundle, one tensor at a time; returns what `config.json` holds.
+
+    Args:
+      kind, section, class_names, tokenizer, provenance: as in `Bundle`.
+      read: the float32 parameter of a path such as "encoder/cnn/conv_in/kernel".
+
+    Raises:
+      ValueError: a section that cannot be built, or a parameter of another shape.
+      OSError: the folder cannot be written.
+    """
+    section = checked_section(kind, json.loads(json.dumps(dict(section))), "the config")
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = write_streamed(folder / WEIGHTS, parameter_shapes(kind, section), read, on_tensor)
+    content = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "section": section,
+        "class_names": list(class_names),
+        "tokenizer": None if tokenizer is None else dict(tokenizer),
+        "provenance": dict(provenance or {}),
+        "weights_sha256": weights,
+        "hash": _hash(kind, section, weights),
+    }
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, folder / CONFIG)
+    return content
+
+
+def load(path: str | os.PathLike, kind: str | None = None) -> Bundle:
+    """Reads and checks a bundle.
+
+    Args:
+      path: its folder, or "hf://owner/name" with "@revision" to be downloaded from Hugging Face.
+      kind: what it must be.
+
+    Raises:
+      FileNotFoundError: there is no bundle.
+      ValueError: the folder does not hold what a bundle holds, it is damaged, or is of another kind.
+      ImportError: "hf://" without the package huggingface_hub.
+    """
+    folder = _downloaded(str(path)) if str(path).startswith("hf://") else Path(path).expanduser()
+    content = _read_config(folder)
+    section = checked_section(content["kind"], content["section"], str(folder / CONFIG))
+    if kind is not None and content["kind"] != kind:
+        raise ValueError(f"{folder} is a bundle of a {content['kind']}, a {kind} is wanted")
+    weights = _inside(folder, WEIGHTS)
+    digest = sha256(weights)
+    if digest != content["weights_sha256"] or content["hash"] != _hash(content["kind"], section, digest):
+        raise ValueError(
+            f"{weights} or {CONFIG} beside it has changed since it was exported (SHA-256 {digest[:12]}…, "
+            f"{content['weights_sha256'][:12]}… is written down): copy or export the bundle again"
+        )
+    params = _read_weights(weights, parameter_shapes(content["kind"], section))
+    kept = (content[name] for name in ("tokenizer", "provenance", "hash"))
+    return Bundle(content["kind"], section, params, tuple(content["class_names"]), *kept)
+
+
+def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
+    """A section with every field of its family and no other, of the right types.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if kind not in SECTIONS or not isinstance(section, dict) or section.get("family") not in SECTIONS[kind]:
+        known = ", ".join(f"{kind} {family}" for kind, families in SECTIONS.items() for family in families)
+        family = section.get("family") if isinstance(section, dict) else section
+        raise ValueError(f"{where}: {kind!r} of family {family!r} is not one of {known}")
+    default = json.loads(SECTIONS[kind][section["family"]]().to_json())
+    if wrong := sorted(section.keys() ^ default.keys()):
+        raise ValueError(f"{where}: the {kind} section has unknown or missing fields: {', '.join(wrong)}")
+    for name, value in section.items():
+        wanted = type(default[name])
+        numbers = wanted is float and type(value) in (int, float)
+        lists = wanted is list and isinstance(value, list) and all(type(x) is int for x in value)
+        if not (numbers or lists or (wanted is not list and type(value) is wanted)):
+            raise ValueError(f"{where}: {name}={value!r} should be a {wanted.__name__}, as {default[name]!r} is")
+    return section
+
+
+def _hash(kind: str, section: Mapping[str, Any], weights: str) -> str:
+    computed = {name: value for name, value in section.items() if name not in RUN_ONLY}
+    return hashlib.sha256(json.dumps([kind, computed, weights], sort_keys=True).encode()).hexdigest()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a bundle; raises where it is missing or lies, by a link, outside of it."""
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: a bundle is a folder with {CONFIG} and {WEIGHTS}, written by "
+            "`python -m gigatok_jax.export --checkpoint=… --bundle=…`"
+        )
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path} is a link to {path.resolve()}: a bundle's files lie in its folder, copy them there")
+    return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = _inside(folder, CONFIG)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: this is no bundle's config")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict) or (wrong := sorted(content.keys() ^ set(FIELDS))):
+        wrong = wrong if isinstance(content, dict) else ["it is no JSON object"]
+        raise ValueError(f"{path} has unknown or missing fields: {', '.join(wrong)}")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{path} has form {content['schema']}, this version reads form {SCHEMA}")
+    return content
+
+
+def _read_weights(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The parameters, after every name, shape and dtype was compared."""
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            wanted = {name: (leaf.shape, "F32") for name, leaf in shapes.items()}
+            wrong = sorted({name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)})
+            if wrong:
+                raise ValueError(
+                    f"{path} does not hold this model's parameters; {len(wrong)} differ, such as {wrong[0]}: stored "
+                    f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
+                )
+            return keymap.unflatten({name: file.get_tensor(name) for name in wanted})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; copy or export the bundle again") from None
+
+
+def _downloaded(address: str) -> Path:
+    """Fetches a bundle's two files of a Hugging Face repository."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"{address} needs the package huggingface_hub: pip install huggingface_hub") from None
+    name, _, revision = address.removeprefix("hf://").partition("@")
+    if name.count("/") != 1:
+        raise ValueError(f"{address} should read hf://owner/name or hf://owner/name@revision")
+    folder = Path("~/.cache/gigatok_jax/bundles").expanduser() / f"{name.replace('/', '--')}@{revision or 'main'}"
+    # A folder of its own: in the hub's cache the files are links that leave theirs.
+    return Path(snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=[CONFIG, WEIGHTS]))

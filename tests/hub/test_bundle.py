@@ -1,0 +1,225 @@
+"""Bundles: what is written is what is read, anything else is refused before it does anything."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gigatok_jax
+from gigatok_jax import config, export, optim, sharding, train_state
+from gigatok_jax.checkpoint import Checkpointer
+from gigatok_jax.hub import bundle, keymap
+from tests.steps import tiny_objective
+from tests.tiny import tiny_generator
+
+
+@pytest.fixture(scope="module")
+def state():
+    """(config, objective, state) of a tiny tokenizer's run that keeps an average."""
+    cfg, objective = tiny_objective(groups__tokenizer__ema=0.9)
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    state = train_state.init(objective, optim.make_groups(cfg), 0, mesh, "replicated")
+    half = jax.tree.map(lambda leaf: 0.5 * leaf, state.params["tokenizer"])
+    return cfg, objective, state._replace(ema={"tokenizer": half})
+
+
+@pytest.fixture(scope="module")
+def run(state, tmp_path_factory):
+    """The run's folder with a checkpoint of step 0."""
+    cfg, _, train = state
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpointer(folder / "checkpoints") as checkpoints:
+        facts = {"class_names": ["cat", "dog"], "tokenizer": None}
+        checkpoints.save(0, train, config=config.to_json(cfg), extra={"facts": facts})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """A tokenizer's bundle."""
+    folder = tmp_path_factory.mktemp("exported")
+    export.export(run, folder, weights="raw")
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(exported, tmp_path / "bundle")
+
+
+def test_exported_parameters_are_the_checkpoints(run, state, tmp_path):
+    _, _, train = state
+    for weights, params in (("raw", train.params), ("ema", train.ema), ("auto", train.ema)):
+        content = export.export(run, tmp_path / weights, weights=weights)
+        loaded = bundle.load(tmp_path / weights, "tokenizer")
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(params["tokenizer"]))
+        assert loaded.class_names == ("cat", "dog") and loaded.provenance["step"] == 0
+        assert loaded.hash == content["hash"]
+    assert (
+        bundle.load(tmp_path / "ema").hash == bundle.load(tmp_path / "auto").hash != bundle.load(tmp_path / "raw").hash
+    )
+
+
+def test_files_are_what_the_library_writes(exported, state):
+    # The streamed file, read by the safetensors library itself.
+    _, _, train = state
+    flat = keymap.flatten(jax.device_get(train.params["tokenizer"]))
+    stored = load_file(exported / bundle.WEIGHTS)
+    assert stored.keys() == flat.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(array, flat[name])
+
+
+def test_images_and_ids(exported, state):
+    _, objective, train = state
+    tokenizer = gigatok_jax.from_pretrained(exported)
+    size, params = tokenizer.model.image_size, {"params": train.params["tokenizer"]}
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    ids = tokenizer.tokenize(images)
+    codes, _ = objective.tokenizer.apply(params, jnp.asarray(images / np.float32(127.5) - 1), method="encode")
+    np.testing.assert_array_equal(ids, codes.ids_BK)
+    np.testing.assert_array_equal(tokenizer.tokenize(images / np.float32(255)), ids)
+    np.testing.assert_array_equal(tokenizer.tokenize(images[1:2]), ids[1:2])
+    want, _ = objective.tokenizer.apply(
+        params, objective.tokenizer.apply(params, ids, method="lookup"), method="decode"
+    )
+    floats, whole = tokenizer.detokenize(ids, float_images=True), tokenizer.detokenize(ids)
+    np.testing.assert_allclose(floats, np.clip(0.5 * want + 0.5, 0, 1), atol=1e-5)
+    assert whole.dtype == np.uint8 and np.abs(whole / 255.0 - floats).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("tokenize", np.zeros((1, 8, 9, 3), np.uint8), "takes .B, 8, 8, 3.: crop them"),
+        ("tokenize", np.zeros((1, 8, 8, 3), np.int32), "uint8, or float"),
+        ("detokenize", np.zeros((1, 3), np.int32), "takes integers"),
+        ("detokenize", np.full((1, 8), 10**6), "codebook in 0.."),
+    ],
+)
+def test_wrong_input_is_named(exported, method, given, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(gigatok_jax.from_pretrained(exported), method)(given)
+
+
+def edit(folder, change):
+    """Rewrites config.json after `change(content)`."""
+    path = folder / bundle.CONFIG
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def link_out(folder, name):
+    (folder.parent / "elsewhere").mkdir()
+    os.replace(folder / name, folder.parent / "elsewhere" / name)
+    (folder / name).symlink_to(folder.parent / "elsewhere" / name)
+
+
+def write_header(folder, header, size=None):
+    text = json.dumps(header).encode()
+    (folder / bundle.WEIGHTS).write_bytes((size or len(text)).to_bytes(8, "little") + text + b"\0" * 64)
+    digest = bundle.sha256(folder / bundle.WEIGHTS)
+    hashed = lambda c: c.update(  # noqa: E731
+        weights_sha256=digest, hash=bundle._hash(c["kind"], c["section"], digest)
+    )
+    edit(folder, hashed)
+
+
+F32 = {"dtype": "F32", "shape": [4]}
+DAMAGE = {
+    "python path": (
+        lambda f: edit(f, lambda c: c["section"].update(family="os.system")),
+        "is not one of tokenizer gig",
+    ),
+    "unknown field": (lambda f: edit(f, lambda c: c.update(__reduce__="os.system")), "unknown or missing.*__reduce__"),
+    "section field": (
+        lambda f: edit(f, lambda c: c["section"].update(target="os.system")),
+        "unknown or missing.*target",
+    ),
+    "type": (lambda f: edit(f, lambda c: c["section"].update(code_dim="8")), "code_dim='8' should be a int"),
+    "other sizes": (lambda f: edit(f, lambda c: c["section"].update(code_dim=5)), "has changed since it was exported"),
+    "schema": (lambda f: edit(f, lambda c: c.update(schema=9)), "form 9"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "is damaged"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "flipped byte": (lambda f: flip(f / bundle.WEIGHTS), "has changed since it was exported"),
+    "cut": (lambda f: os.truncate(f / bundle.WEIGHTS, 1000), "has changed since it was exported"),
+    "pickle": (lambda f: (f / bundle.WEIGHTS).write_bytes(b"\x80\x04cos\nsystem\n."), "has changed since"),
+    "oversized header": (lambda f: write_header(f, {}, 2**40), "cannot be read"),
+    "overlapping": (
+        lambda f: write_header(f, {"a": {**F32, "data_offsets": [0, 16]}, "b": {**F32, "data_offsets": [8, 24]}}),
+        "cannot be read",
+    ),
+    "another model": (lambda f: write_header(f, {"../x": {**F32, "data_offsets": [0, 16]}}), "cannot be read|does not"),
+    "linked weights": (lambda f: link_out(f, bundle.WEIGHTS), "is a link to"),
+    "linked config": (lambda f: link_out(f, bundle.CONFIG), "is a link to"),
+}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_no_bundle_is_refused(folder, damage):
+    make, words = DAMAGE[damage]
+    make(folder)
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        bundle.load(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_weights_of_another_model_are_refused(folder):
+    state = load_file(folder / bundle.WEIGHTS)
+    state["bottleneck/codebook"] = state["bottleneck/codebook"][:-1]
+    save_file(state, folder / bundle.WEIGHTS)
+    digest = bundle.sha256(folder / bundle.WEIGHTS)
+    edit(folder, lambda c: c.update(weights_sha256=digest, hash=bundle._hash(c["kind"], c["section"], digest)))
+    with pytest.raises(ValueError, match="1 differ, such as bottleneck/codebook"):
+        bundle.load(folder)
+
+
+def test_missing_bundle_and_wrong_kind(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gigatok_jax\.export"):
+        bundle.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a generator is wanted"):
+        bundle.load(folder, "generator")
+    with pytest.raises((ImportError, ValueError), match=r"huggingface_hub|should read hf://owner/name"):
+        bundle.load("hf://owner")
+
+
+def test_a_generator_samples_from_its_bundle(tmp_path):
+    section = tiny_generator().to_dict()
+    shapes = bundle.parameter_shapes("generator", section)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
+    facts = {"hash": "ab", "codebook_size": 16, "num_latent_tokens": 16, "image_size": 16}
+    bundle.save(tmp_path, "generator", section, arrays.__getitem__, tokenizer=facts, class_names=("a", "b"))
+    generator = gigatok_jax.from_pretrained(tmp_path)
+    assert generator.bundle.tokenizer == facts
+    whole = generator.sample([1, 2, 0, 4, 1, 1, 2, 3], seed=3, scale=2.0)
+    np.testing.assert_array_equal(generator.sample([4, 1, 1], seed=3, scale=2.0, first=3), whole[3:6])
+    assert (generator.sample([1] * 8, seed=4, scale=2.0) != whole).any()
+    for options, words in (({"labels": [9]}, "classes in 0..4"), ({"labels": [0], "top_k": 99}, "top_k=99")):
+        with pytest.raises(ValueError, match=words):
+            generator.sample(**options)
+
+
+def test_a_failed_export_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        bundle, "parameter_shapes", lambda *_: {"missing/leaf": jax.ShapeDtypeStruct((1,), jnp.float32)}
+    )
+    with pytest.raises(Exception, match="missing"):
+        export.export(run, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="--workdir"):
+        export.export(tmp_path / "nowhere", tmp_path / "out")
