@@ -14,8 +14,10 @@ from absl import logging
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 CAPTION_EXTENSIONS = ("txt", "json")  # a .txt is preferred; of a .json the field "caption" is read
 NO_LABEL, BAD_LABEL = -1, -2  # no .cls beside the image; one that is no number
-_VERSION = 1
+_VERSION = 2  # counted up where the checks or the arrays change, so that stored indices are built anew
 _MAX_LABEL_BYTES = 64
+_END_MARK = 1024  # two blocks of zeros; tar programs pad with more
+_CHUNK = 2**20
 
 
 class TarIndex(NamedTuple):
@@ -41,7 +43,7 @@ def index_of(tar: Path) -> TarIndex:
     `$XDG_CACHE_HOME/gigatok_jax/tar_index` (~/.cache without that variable).
 
     Raises:
-        ValueError: the tar is cut, compressed, or no tar.
+        ValueError: the tar is cut, damaged, compressed, or no tar.
         OSError: it cannot be read.
     """
     status = tar.stat()
@@ -99,14 +101,33 @@ def _members(tar: Path, file):
                 stem, _, extension = name.partition(".")
                 if member.isreg() and not member.issparse() and stem and extension.lower() in wanted:
                     yield f"{folder}/{stem}" if folder else stem, extension.lower(), member.offset_data, member.size
-            end = archive.offset
+            _check_end(tar, file, archive.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(
             f"{str(tar)!r} cannot be indexed ({error}): it is cut, damaged or compressed; copy it again, or unpack its "
             "compression (images gain nothing by it)"
         ) from error
-    if os.fstat(file.fileno()).st_size <= end:
-        raise ValueError(f"{str(tar)!r} has no end mark: it was cut between two files; copy it again")
+
+
+def _check_end(tar: Path, file, end: int) -> None:
+    """Raises ValueError unless an end mark, and zeros only, lie where `tarfile` stopped.
+
+    It stops at a damaged header and at a single block of zeros as it does at the end mark, and would lose the rest.
+    """
+    size = os.fstat(file.fileno()).st_size
+    for start in range(end, size, _CHUNK):
+        chunk = os.pread(file.fileno(), _CHUNK, start)
+        if rest := chunk.lstrip(b"\0"):
+            more = start + len(chunk) - len(rest)
+            raise ValueError(
+                f"{str(tar)!r} is damaged at byte {end}: no file starts there, and from byte {more} on it holds more "
+                "than zeros; copy it again (or, if several tars were joined into it, give them one by one)"
+            )
+    if size - end < _END_MARK:
+        raise ValueError(
+            f"{str(tar)!r} has no end mark of two blocks of zeros: it was cut behind a file; copy it again, or pack it "
+            "anew with tar"
+        )
 
 
 def _label(text: bytes) -> int:

@@ -95,15 +95,40 @@ def test_an_index_that_cannot_lie_beside_the_tar_goes_to_the_cache(tmp_path, mon
     assert TarImages(tar).read(0).data == PNG
 
 
-@pytest.mark.parametrize("cut", [700, 1500, 2048, -1024])
+@pytest.mark.parametrize("cut", [700, 1500, 1800, 2048, -1024])
 def test_a_cut_tar_is_refused(tmp_path, cut):
     big = os.urandom(5000)
     tar = write_tar(tmp_path / "x.tar", {"a.png": PNG.ljust(1024, b"\0")[:1024], "b.png": big})
     whole = tar.read_bytes()
     end = 512 + 1024 + 512 + 5120  # headers and contents in blocks of 512; zeros follow
     tar.write_bytes(whole[: cut if cut > 0 else end])
-    with pytest.raises(ValueError, match=r"x.tar' (cannot be indexed|has no end mark).*cop"):
+    with pytest.raises(ValueError, match=r"x.tar' (cannot be indexed|has no end mark|is damaged at byte 1536).*cop"):
         TarImages(tar)
+
+
+@pytest.mark.parametrize("harm", ["flipped header", "zeroed header", "joined", "something behind", "half an end mark"])
+def test_a_tar_damaged_in_its_middle_is_refused(tmp_path, harm):
+    tar = write_tar(tmp_path / "x.tar", {f"{i}.png": b"x" * 600 for i in range(4)})
+    whole, second, end = tar.read_bytes(), 512 + 1024, 4 * (512 + 1024)
+    assert len(whole) == 10_240 and not any(whole[end:]), "padded with zeros"
+    harmed, message = {
+        "flipped header": (whole[:second] + b"?" + whole[second + 1 :], f"is damaged at byte {second}: .*copy it"),
+        "zeroed header": (whole[:second] + bytes(512) + whole[second + 512 :], f"is damaged at byte {second}: "),
+        "joined": (2 * whole, f"is damaged at byte {end}: .* from byte 10240 on"),
+        # Far behind, so that it is not in the first piece that is read.
+        "something behind": (whole + bytes(3 * 2**20) + b"x", f"is damaged at byte {end}: .* from byte 3155968 on"),
+        "half an end mark": (whole[: end + 512], "has no end mark"),
+    }[harm]
+    tar.write_bytes(harmed)
+    with pytest.raises(ValueError, match=rf"x.tar' {message}"):
+        TarImages(tar)
+
+
+def test_a_tar_may_end_after_its_end_mark_or_in_many_zeros(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a.png": b"x" * 600})
+    for content in (tar.read_bytes()[: 512 + 1024 + 1024], tar.read_bytes() + bytes(3 * 2**20)):
+        tar.write_bytes(content)
+        assert len(TarImages(tar)) == 1
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
