@@ -5,6 +5,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,11 @@ def index_of(tar: Path) -> TarIndex:
 
 
 def build_index(tar: Path) -> TarIndex:
-    """Reads the headers, and the .cls files, of one tar."""
+    """Reads the headers, and the .cls files, of one tar.
+
+    Raises:
+        ValueError: the tar is cut, damaged, compressed, or no tar; a sample's files lie apart, or two are of one kind.
+    """
     samples: list[dict[str, tuple[int, int]]] = []  # extension -> (first byte, length)
     keys: list[str] = []
     labels: list[int] = []
@@ -85,9 +90,30 @@ def build_index(tar: Path) -> TarIndex:
             else:
                 samples[-1][extension] = start, length
     kept = [i for i, sample in enumerate(samples) if any(e in sample for e in IMAGE_EXTENSIONS)]
+    _check_neighbours(tar, keys, kept)
     if len(kept) < len(samples):
         logging.info("%s: %d of %d samples have no image and are left out", tar, len(samples) - len(kept), len(samples))
+        _warn_of_lone_labels(tar, keys, labels, set(kept))
     return _as_arrays([keys[i] for i in kept], [samples[i] for i in kept], [labels[i] for i in kept])
+
+
+def _check_neighbours(tar: Path, keys: list[str], kept: list[int]) -> None:
+    """Raises ValueError where the files of an image's sample lie apart: its label or caption would be lost."""
+    times = Counter(keys)
+    apart = next((keys[i] for i in kept if times[keys[i]] > 1), None)
+    if apart is not None:
+        raise ValueError(
+            f"{str(tar)!r} holds files of sample {apart!r} apart from each other, so the image's label or caption "
+            "would be lost: write the tar anew with a sample's files side by side, as `tar --sort=name` does"
+        )
+
+
+def _warn_of_lone_labels(tar: Path, keys: list[str], labels: list[int], kept: set[int]) -> None:
+    """Tells of labels that no image takes while images lack one, as with images/a.jpg and labels/a.cls."""
+    labelled = {i for i, label in enumerate(labels) if label != NO_LABEL}
+    if (lone := labelled - kept) and (bare := kept - labelled):
+        message = "%s: %d .cls files are beside no image, the first is %s.cls; %d images have no .cls and get label 0"
+        logging.warning(message, tar, len(lone), keys[min(lone)], len(bare))
 
 
 def _members(tar: Path, file):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,40 @@ def test_a_folder_one_tar_and_a_pattern(tmp_path):
     assert names == ["train-0.tar/train-0", "train-1.tar/train-1", "val-0.tar/val-0"]
     assert len(make_source("webdataset", root=f"{tmp_path}/train-*.tar")) == 2
     assert len(make_source("webdataset", root=tmp_path / "val-0.tar")) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.png", "b.png", "a.cls", "b.cls"), ("a.json", "b.png", "a.png"), ("a.png", "b.png", "a.png")],
+    ids=["labels behind", "caption before", "image twice"],
+)
+def test_a_sample_whose_files_lie_apart_is_refused(tmp_path, names):
+    content = {".png": PNG, ".cls": b"1", ".json": b"{}"}
+    write_tar(tmp_path / "x.tar", [(name, content[Path(name).suffix]) for name in names])
+    with pytest.raises(ValueError, match=r"x.tar' .* sample 'a' apart from each other.*--sort=name"):
+        TarImages(tmp_path)
+
+
+def test_labels_that_no_image_takes_are_told(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        assert TarImages(write_tar(tmp_path / "x.tar", {"images/a.png": PNG, "labels/a.cls": b"3"}))[0].label == 0
+    assert "x.tar: 1 .cls files are beside no image, the first is labels/a.cls; 1 images have no .cls" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        assert TarImages(write_tar(tmp_path / "y.tar", {"a.png": PNG, "a.cls": b"1", "b.cls": b"1"}))[0].label == 1
+    assert ".cls" not in caplog.text, "every image has its label"
+
+
+def test_tars_of_one_name_in_several_folders_have_names_of_their_own(tmp_path):
+    for name in ("d/1/a.tar", "d/2/a.tar", "d/2/deep/b.tar"):
+        write_tar(tmp_path / name, {"0.png": PNG})
+    for pattern, names in (
+        ("d/*/a.tar", ["1/a.tar/0", "2/a.tar/0"]),
+        ("d/2/a.tar", ["a.tar/0"]),
+        ("d/2", ["a.tar/0"]),
+    ):
+        source = make_source("webdataset", root=f"{tmp_path}/{pattern}")
+        assert [source.name_of(i) for i in range(len(source))] == names == [source[i].name for i in range(len(source))]
 
 
 def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypatch):
