@@ -102,7 +102,8 @@ def read_index(path: Path) -> dict[str, Any]:
                 [part[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): delete it and run the pack command again"
+            f"{path} is damaged ({type(error).__name__}: {error}): copy it again, or delete the folder "
+            f"{str(path.parent)!r} and run the pack command again"
         ) from error
     if version != SCHEMA:
         raise ValueError(f"{path} has form {version}, this version reads form {SCHEMA}: use the version that wrote it")

@@ -6,6 +6,7 @@ pipeline's to decide. Sources are pickled to worker processes, so they hold name
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ class ImageFolder(EncodedSource):
     def name_of(self, index: int) -> str:
         """Path relative to the root, with forward slashes."""
         return self._names[index]
+
+    def file_stamps(self) -> Iterator[tuple[int, int]]:
+        """(size, time of change in ns) of every image file; (-1, 0) for one that cannot be looked at."""
+        for name in self._names:
+            try:
+                status = os.stat(self.root / name)
+                yield status.st_size, status.st_mtime_ns
+            except OSError:
+                yield -1, 0
 
     def read(self, index: int) -> Encoded:
         """The file's bytes; raises BadRecord where it cannot be read or is too large."""

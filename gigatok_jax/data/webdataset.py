@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,10 @@ class TarImages(EncodedSource):
         """The tar's path below the folder that all tars share, a slash, and the sample's key."""
         tar, position = self._find(index)
         return f"{self._tar_names[tar]}/{self._indices[tar].key(position)}"
+
+    def file_stamps(self) -> Iterator[tuple[int, int]]:
+        """(size, time of change in ns) of every tar."""
+        return iter(self._stamps)
 
     def read(self, index: int) -> Encoded:
         """One sample; raises BadRecord where it cannot be read, is too large, or its label or caption is damaged."""
