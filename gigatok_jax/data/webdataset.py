@@ -84,7 +84,8 @@ class TarImages(EncodedSource):
         if length > max_bytes:
             raise BadRecord(name, f"{length} bytes, above the limit of {max_bytes}")
         try:
-            data = os.pread(_opened(self._tars[number], self._stamps[number]).fileno(), length, start)
+            file = _opened(self._tars[number], self._stamps[number])  # held, or it could close before the read
+            data = os.pread(file.fileno(), length, start)
         except OSError as error:
             raise BadRecord(name, f"cannot be read ({error.strerror or error})") from error
         if len(data) < length:

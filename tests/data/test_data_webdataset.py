@@ -219,3 +219,10 @@ def test_many_tars_stay_within_the_limit_of_open_files(tmp_path, monkeypatch):
     for index in range(8):
         source.read(index)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_file_that_the_cache_has_let_go_of_stays_open_while_it_is_read(tmp_path, monkeypatch):
+    source = TarImages(write_tar(tmp_path / "x.tar", {"a.png": PNG}))
+    # Two threads that miss at once both open the tar, and the cache keeps one file; here it keeps none.
+    monkeypatch.setattr(webdataset, "_opened", webdataset._opened.__wrapped__)
+    assert source.read(0).data == PNG
