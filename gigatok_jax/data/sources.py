@@ -150,7 +150,7 @@ def make_source(name: str, *, root: str | os.PathLike | None = None, split: str 
     Args:
         name: a key of `SOURCES`.
         root: where the images are; each source's own class says in which form. "photographs" needs none, "emoji"
-            and "imagenet2012" have a usual place.
+            and "imagenet2012" have a usual place. A leading ~ is the home folder.
         split: "train" or "eval". "folder" and "webdataset" do not use it: there each split is a root of its own.
 
     Raises:
@@ -162,7 +162,11 @@ def make_source(name: str, *, root: str | os.PathLike | None = None, split: str 
     kind, usual_root, make = SOURCES[name]
     if not root and usual_root is None:
         raise ValueError(f"image source {name!r} needs root, the path of {kind}")
-    return make(root or usual_root, split)
+    return make(os.path.expanduser(root or usual_root), split)
+
+
+def _make_emoji(root: str | os.PathLike, split: str) -> Source:
+    return ArrayRecordSet(root, split, packed_from="emoji")
 
 
 def _make_tfds(root: str | os.PathLike, split: str) -> Source:
@@ -172,13 +176,13 @@ def _make_tfds(root: str | os.PathLike, split: str) -> Source:
 
 
 def _make_imagenet(root: str | os.PathLike, split: str) -> Source:
-    return _make_tfds(Path(root).expanduser() / "imagenet2012", split)
+    return _make_tfds(Path(root) / "imagenet2012", split)
 
 
 # name: (what root is, the usual root where there is one, root and split -> source)
 SOURCES = {
     "array_record": ("a folder that gigatok_jax.pack wrote", None, ArrayRecordSet),
-    "emoji": ("a folder that gigatok_jax.pack --source=emoji wrote", "data/emoji", ArrayRecordSet),
+    "emoji": ("a folder that gigatok_jax.pack --source=emoji wrote", "data/emoji", _make_emoji),
     "folder": ("a folder of images", None, lambda root, split: ImageFolder(root)),
     "imagenet2012": (
         "a TFDS data folder, in which imagenet2012/ is",

@@ -102,7 +102,7 @@ def _opened(tar: Path, stamp: tuple[int, int]) -> io.FileIO:
 
 
 def _find_tars(root: str | os.PathLike) -> list[Path]:
-    path = Path(root).expanduser()
+    path = Path(root)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         mend = "put .tar files there, or name them by a pattern such as train-*.tar"
