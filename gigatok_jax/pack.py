@@ -4,11 +4,13 @@
     python -m gigatok_jax.pack --source=emoji --out=data/emoji
 
 Killed and started again with the same command it goes on from its last whole shard; over a finished set it checks every
-shard. Images that cannot be used are named, left out and listed in `dataset.json`. `emoji` is fetched with npm, or read
-from the two archives in --root, and becomes `train/` and `eval/`. The last line printed is one JSON object.
+shard. Where the source's files have changed in between, it says so and does nothing. Images that cannot be used are
+named, left out and listed in `dataset.json`. `emoji` is fetched with npm, or read from the two archives in --root, and
+becomes `train/` and `eval/`. The last line printed is one JSON object.
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -57,9 +59,13 @@ def pack_set(source: data.EncodedSource, out: Path, made_from: dict[str, Any], *
 def run(source: str, root: str, out: Path, split: str, **options: Any) -> dict[str, Any]:
     """Packs a source by name; returns "records", "hash", "bytes" and "dropped", for emoji by split.
 
+    A leading ~ of `root` or `out` is the home folder.
+
     Raises:
       ValueError, OSError: naming what is wrong and the mend.
     """
+    # make_source does so too, but the root is also written down, and the emoji's read, here.
+    root, out = os.path.expanduser(root), Path(os.path.expanduser(out))
     if source != "emoji":
         made_from = {"source": source, "split": split, "root": str(Path(root).resolve())}
         return pack_set(data.make_source(source, root=root or None, split=split), out, made_from, **options)

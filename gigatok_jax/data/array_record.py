@@ -48,14 +48,16 @@ class ArrayRecordSet(EncodedSource):
     Args:
         root: the folder with `dataset.json`, or one above it with a sub-folder per split.
         split: the sub-folder, where `root` itself holds no `dataset.json`.
+        packed_from: the --source of the pack command that makes the set, for the error that advises it; "" where it
+            could be any.
 
     Raises:
         FileNotFoundError: no such folder, or a shard is missing.
         ValueError: packing has not finished, or `dataset.json` or a shard is damaged.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str = "train"):
-        folder = _folder_of(Path(root), split)
+    def __init__(self, root: str | os.PathLike, split: str = "train", packed_from: str = ""):
+        folder = _folder_of(Path(root), split, packed_from)
         self.index = index = read_index(folder / INDEX)
         shards = [shard for shard in index["shards"] if shard["records"]]
         _check_shards(folder, shards)
@@ -105,7 +107,8 @@ def read_index(path: Path) -> dict[str, Any]:
                 [part[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): delete it and run the pack command again"
+            f"{path} is damaged ({type(error).__name__}: {error}): copy it again, or delete the folder "
+            f"{str(path.parent)!r} and run the pack command again"
         ) from error
     if version != SCHEMA:
         raise ValueError(f"{path} has form {version}, this version reads form {SCHEMA}: use the version that wrote it")
@@ -127,7 +130,7 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _folder_of(root: Path, split: str) -> Path:
+def _folder_of(root: Path, split: str, packed_from: str) -> Path:
     for folder in (root, root / split):
         if (folder / INDEX).is_file():
             return folder
@@ -136,7 +139,8 @@ def _folder_of(root: Path, split: str) -> Path:
             raise ValueError(f"packing of {str(folder)!r} has not finished: run its pack command again, it goes on")
     raise FileNotFoundError(
         f"no {INDEX} in {str(root)!r} or its sub-folder {split!r}: make the set with `python -m gigatok_jax.pack "
-        f"--source=... --out={root}` (for a folder that TFDS wrote, use the source tfds)"
+        f"--source={packed_from or '...'} --out={root}`"
+        + ("" if packed_from else " (for a folder that TFDS wrote, use the source tfds)")
     )
 
 

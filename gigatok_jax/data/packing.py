@@ -12,10 +12,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from gigatok_jax.data.array_record import INDEX, SCHEMA, UNFINISHED, read_index, to_bytes
 from gigatok_jax.data.decode import BadRecord, decode_image
+from gigatok_jax.data.pipeline import fingerprint
 from gigatok_jax.data.records import Encoded, EncodedSource
 
 # One record per chunk, as random access wants it; the image files are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+# What "made_from" says of the source's files; the rest of it says what was asked for.
+_OF_SOURCE = ("source_records", "source_digest")
 
 
 def pack(
@@ -40,7 +43,8 @@ def pack(
     Args:
         source: the images.
         out: the folder to write; made where it is missing.
-        made_from: JSON data that says what is packed. An unfinished pack is only gone on with if it is the same.
+        made_from: JSON data that says what is packed. A pack is only gone on with if it, and a digest of the names,
+            sizes and times of the source's files, are the same.
         shard_records: source records per shard, at least 1.
         num_threads: threads that read and decode.
         on_progress: told the number of source records done, after each.
@@ -50,7 +54,7 @@ def pack(
         "sha256", and "hash", the chain after it), "dropped" (name -> reason), "made_from".
 
     Raises:
-        ValueError: `out` holds something else, or no record is usable.
+        ValueError: `out` holds something else, the source has changed since, or no record is usable.
         OSError: a shard cannot be written.
     """
     if shard_records < 1:
@@ -60,8 +64,11 @@ def pack(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     made_from = {**made_from, "source_records": len(source), "shard_records": shard_records}
+    made_from["source_digest"] = _digest_of(source)
     class_names = list(source.class_names)
     state = _resume(out, made_from, class_names)
+    if not (out / INDEX).is_file():  # before any shard: a folder of shards alone would be refused as foreign
+        _write_json(out / UNFINISHED, state)
     num_shards = -(-len(source) // shard_records)
     for number in range(len(state["shards"]), num_shards):
         span = range(number * shard_records, min((number + 1) * shard_records, len(source)))
@@ -88,6 +95,14 @@ def finished_records(out: str | os.PathLike) -> int:
     return 0
 
 
+def _digest_of(source: EncodedSource) -> str:
+    """Changes with the source's records and their order, and with the sizes and times of its files."""
+    digest = hashlib.sha256(json.dumps(fingerprint(source)).encode())
+    for size, time_ns in source.file_stamps():
+        digest.update(f"{size} {time_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def _resume(out: Path, made_from: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
     """The state to go on from, its shards checked."""
     fresh = {"schema": SCHEMA, "records": 0, "class_names": class_names, "hash": "0" * 64, "shards": []}
@@ -98,11 +113,9 @@ def _resume(out: Path, made_from: dict[str, Any], class_names: list[str]) -> dic
             raise ValueError(f"{str(out)!r} holds ArrayRecord shards and no {INDEX}: give an empty folder")
         return fresh
     state = read_index(path)
-    if (state["made_from"], state["class_names"]) != (made_from, class_names):
-        raise ValueError(
-            f"{str(out)!r} holds a pack of {state['made_from']}, which is not {made_from} or has other classes: give "
-            "another folder, or delete this one"
-        )
+    if path.name == UNFINISHED and not state["shards"] and not any(out.glob("*.array_record")):
+        return fresh  # stopped before its first shard: there is nothing that another pack could be mixed with
+    _check_same(out, state, fresh)
     for number, shard in enumerate(state["shards"]):
         if shard["records"] and not _is_whole(out / shard["file"], shard):
             # Later shards are written again too: each one's hash goes on from the one before it.
@@ -114,6 +127,24 @@ def _resume(out: Path, made_from: dict[str, Any], class_names: list[str]) -> dic
         _write_json(out / UNFINISHED, state)
         path.unlink()
     return state
+
+
+def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError where `old`, the state of a folder, is of another command or source than `new`."""
+    had, asked = ({k: v for k, v in s["made_from"].items() if k not in _OF_SOURCE} for s in (old, new))
+    mend = "give another folder, or delete this one"
+    if had != asked:
+        raise ValueError(f"{str(out)!r} holds a pack of {had}, which is not {asked}: {mend}")
+    if "source_digest" not in old["made_from"]:
+        raise ValueError(
+            f"{str(out)!r} was packed by a version that did not note the source's files, so it cannot be told whether "
+            f"they have changed since: {mend}"
+        )
+    if (old["made_from"], old["class_names"]) != (new["made_from"], new["class_names"]):
+        raise ValueError(
+            f"the source has changed since {str(out)!r} was packed or begun: its files have other names, sizes or "
+            f"times, or its classes are others; {mend}"
+        )
 
 
 def _is_whole(path: Path, shard: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What a source gives: encoded records, and the decoded ones that the pipeline asks for."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +48,10 @@ class EncodedSource:
     class_names: tuple[str, ...] = ("",)
     identity = ""  # changes with the records or their order, where that is known without reading them all
     limits: dict[str, Any] = {}  # noqa: RUF012 (never written to); keyword arguments of `decode_image`
+
+    def file_stamps(self) -> Iterator[tuple[int, int]]:
+        """(size, time of change in ns) of the files that hold the images, in order; none where `identity` says it."""
+        return iter(())
 
     def read(self, index: int) -> Encoded:
         """The file, as it lies there; raises BadRecord where it cannot be read. Safe in threads."""

@@ -6,6 +6,7 @@ pipeline's to decide. Sources are pickled to worker processes, so they hold name
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,15 @@ class ImageFolder(EncodedSource):
     def name_of(self, index: int) -> str:
         """Path relative to the root, with forward slashes."""
         return self._names[index]
+
+    def file_stamps(self) -> Iterator[tuple[int, int]]:
+        """(size, time of change in ns) of every image file; (-1, 0) for one that cannot be looked at."""
+        for name in self._names:
+            try:
+                status = os.stat(self.root / name)
+                yield status.st_size, status.st_mtime_ns
+            except OSError:
+                yield -1, 0
 
     def read(self, index: int) -> Encoded:
         """The file's bytes; raises BadRecord where it cannot be read or is too large."""
@@ -141,7 +151,7 @@ def make_source(name: str, *, root: str | os.PathLike | None = None, split: str 
     Args:
         name: a key of `SOURCES`.
         root: where the images are; each source's own class says in which form. "photographs" needs none, "emoji"
-            and "imagenet2012" have a usual place.
+            and "imagenet2012" have a usual place. A leading ~ is the home folder.
         split: "train" or "eval". "folder" and "webdataset" do not use it: there each split is a root of its own.
 
     Raises:
@@ -153,7 +163,11 @@ def make_source(name: str, *, root: str | os.PathLike | None = None, split: str 
     kind, usual_root, make = SOURCES[name]
     if not root and usual_root is None:
         raise ValueError(f"image source {name!r} needs root, the path of {kind}")
-    return make(root or usual_root, split)
+    return make(os.path.expanduser(root or usual_root), split)
+
+
+def _make_emoji(root: str | os.PathLike, split: str) -> Source:
+    return ArrayRecordSet(root, split, packed_from="emoji")
 
 
 def _make_tfds(root: str | os.PathLike, split: str) -> Source:
@@ -163,13 +177,13 @@ def _make_tfds(root: str | os.PathLike, split: str) -> Source:
 
 
 def _make_imagenet(root: str | os.PathLike, split: str) -> Source:
-    return _make_tfds(Path(root).expanduser() / "imagenet2012", split)
+    return _make_tfds(Path(root) / "imagenet2012", split)
 
 
 # name: (what root is, the usual root where there is one, root and split -> source)
 SOURCES = {
     "array_record": ("a folder that gigatok_jax.pack wrote", None, ArrayRecordSet),
-    "emoji": ("a folder that gigatok_jax.pack --source=emoji wrote", "data/emoji", ArrayRecordSet),
+    "emoji": ("a folder that gigatok_jax.pack --source=emoji wrote", "data/emoji", _make_emoji),
     "folder": ("a folder of images", None, lambda root, split: ImageFolder(root)),
     "imagenet2012": (
         "a TFDS data folder, in which imagenet2012/ is",

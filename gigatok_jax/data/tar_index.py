@@ -5,6 +5,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from absl import logging
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 CAPTION_EXTENSIONS = ("txt", "json")  # a .txt is preferred; of a .json the field "caption" is read
 NO_LABEL, BAD_LABEL = -1, -2  # no .cls beside the image; one that is no number
-_VERSION = 1
+_VERSION = 2  # counted up where the checks or the arrays change, so that stored indices are built anew
 _MAX_LABEL_BYTES = 64
+_END_MARK = 1024  # two blocks of zeros; tar programs pad with more
+_CHUNK = 2**20
 
 
 class TarIndex(NamedTuple):
@@ -41,7 +44,7 @@ def index_of(tar: Path) -> TarIndex:
     `$XDG_CACHE_HOME/gigatok_jax/tar_index` (~/.cache without that variable).
 
     Raises:
-        ValueError: the tar is cut, compressed, or no tar.
+        ValueError: the tar is cut, damaged, compressed, or no tar.
         OSError: it cannot be read.
     """
     status = tar.stat()
@@ -64,7 +67,11 @@ def index_of(tar: Path) -> TarIndex:
 
 
 def build_index(tar: Path) -> TarIndex:
-    """Reads the headers, and the .cls files, of one tar."""
+    """Reads the headers, and the .cls files, of one tar.
+
+    Raises:
+        ValueError: the tar is cut, damaged, compressed, or no tar; a sample's files lie apart, or two are of one kind.
+    """
     samples: list[dict[str, tuple[int, int]]] = []  # extension -> (first byte, length)
     keys: list[str] = []
     labels: list[int] = []
@@ -83,9 +90,30 @@ def build_index(tar: Path) -> TarIndex:
             else:
                 samples[-1][extension] = start, length
     kept = [i for i, sample in enumerate(samples) if any(e in sample for e in IMAGE_EXTENSIONS)]
+    _check_neighbours(tar, keys, kept)
     if len(kept) < len(samples):
         logging.info("%s: %d of %d samples have no image and are left out", tar, len(samples) - len(kept), len(samples))
+        _warn_of_lone_labels(tar, keys, labels, set(kept))
     return _as_arrays([keys[i] for i in kept], [samples[i] for i in kept], [labels[i] for i in kept])
+
+
+def _check_neighbours(tar: Path, keys: list[str], kept: list[int]) -> None:
+    """Raises ValueError where the files of an image's sample lie apart: its label or caption would be lost."""
+    times = Counter(keys)
+    apart = next((keys[i] for i in kept if times[keys[i]] > 1), None)
+    if apart is not None:
+        raise ValueError(
+            f"{str(tar)!r} holds files of sample {apart!r} apart from each other, so the image's label or caption "
+            "would be lost: write the tar anew with a sample's files side by side, as `tar --sort=name` does"
+        )
+
+
+def _warn_of_lone_labels(tar: Path, keys: list[str], labels: list[int], kept: set[int]) -> None:
+    """Tells of labels that no image takes while images lack one, as with images/a.jpg and labels/a.cls."""
+    labelled = {i for i, label in enumerate(labels) if label != NO_LABEL}
+    if (lone := labelled - kept) and (bare := kept - labelled):
+        message = "%s: %d .cls files are beside no image, the first is %s.cls; %d images have no .cls and get label 0"
+        logging.warning(message, tar, len(lone), keys[min(lone)], len(bare))
 
 
 def _members(tar: Path, file):
@@ -99,14 +127,33 @@ def _members(tar: Path, file):
                 stem, _, extension = name.partition(".")
                 if member.isreg() and not member.issparse() and stem and extension.lower() in wanted:
                     yield f"{folder}/{stem}" if folder else stem, extension.lower(), member.offset_data, member.size
-            end = archive.offset
+            _check_end(tar, file, archive.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(
             f"{str(tar)!r} cannot be indexed ({error}): it is cut, damaged or compressed; copy it again, or unpack its "
             "compression (images gain nothing by it)"
         ) from error
-    if os.fstat(file.fileno()).st_size <= end:
-        raise ValueError(f"{str(tar)!r} has no end mark: it was cut between two files; copy it again")
+
+
+def _check_end(tar: Path, file, end: int) -> None:
+    """Raises ValueError unless an end mark, and zeros only, lie where `tarfile` stopped.
+
+    It stops at a damaged header and at a single block of zeros as it does at the end mark, and would lose the rest.
+    """
+    size = os.fstat(file.fileno()).st_size
+    for start in range(end, size, _CHUNK):
+        chunk = os.pread(file.fileno(), _CHUNK, start)
+        if rest := chunk.lstrip(b"\0"):
+            more = start + len(chunk) - len(rest)
+            raise ValueError(
+                f"{str(tar)!r} is damaged at byte {end}: no file starts there, and from byte {more} on it holds more "
+                "than zeros; copy it again (or, if several tars were joined into it, give them one by one)"
+            )
+    if size - end < _END_MARK:
+        raise ValueError(
+            f"{str(tar)!r} has no end mark of two blocks of zeros: it was cut behind a file; copy it again, or pack it "
+            "anew with tar"
+        )
 
 
 def _label(text: bytes) -> int:

@@ -35,7 +35,7 @@ class TfdsImages(EncodedSource):
     """
 
     def __init__(self, root: str | os.PathLike, split: str = "train"):
-        folder = _version_folder(Path(root).expanduser())
+        folder = _version_folder(Path(root))
         try:
             builder = tfds.builder_from_directory(folder)
         except Exception as error:  # TFDS raises many kinds on damaged metadata

@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,22 @@ class TarImages(EncodedSource):
     A sample is the neighbouring files of a tar that share a path up to the first dot of the file name: one image
     (.jpg .jpeg .png .webp .bmp .gif .tif .tiff; of several, the first of this list), its class number in a .cls file
     (0 where there is none), its caption in a .txt file or in the field "caption" of a .json file. Other files are not
-    looked at. A sample's name is "<tar>/<key>". Class names are the lines of `classnames.txt` beside the tars, or else
-    the class numbers.
+    looked at. A sample's name is "<tar>/<key>", the tar's path being that below the folder that all tars share. Class
+    names are the lines of `classnames.txt` beside the tars, or else the class numbers.
 
     Args:
         root: a folder of .tar files, one tar, or a pattern such as `/data/train-*.tar`.
 
     Raises:
         FileNotFoundError: no such folder, or no tar in it.
-        ValueError: a tar is cut, compressed or no tar; no sample has an image; `classnames.txt` has too few lines.
+        ValueError: a tar is cut, damaged, compressed or no tar; a sample's files lie apart; no sample has an image;
+            `classnames.txt` has too few lines.
     """
 
     def __init__(self, root: str | os.PathLike):
         self._tars = _find_tars(root)
+        shared = os.path.commonpath([tar.parent for tar in self._tars])
+        self._tar_names = [tar.relative_to(shared).as_posix() for tar in self._tars]
         status = [tar.stat() for tar in self._tars]
         self._stamps = [(s.st_size, s.st_mtime_ns) for s in status]
         self._indices = [index_of(tar) for tar in self._tars]
@@ -50,9 +54,13 @@ class TarImages(EncodedSource):
         return int(self._ends[-1])
 
     def name_of(self, index: int) -> str:
-        """The tar's file name, a slash, and the sample's key."""
+        """The tar's path below the folder that all tars share, a slash, and the sample's key."""
         tar, position = self._find(index)
-        return f"{self._tars[tar].name}/{self._indices[tar].key(position)}"
+        return f"{self._tar_names[tar]}/{self._indices[tar].key(position)}"
+
+    def file_stamps(self) -> Iterator[tuple[int, int]]:
+        """(size, time of change in ns) of every tar."""
+        return iter(self._stamps)
 
     def read(self, index: int) -> Encoded:
         """One sample; raises BadRecord where it cannot be read, is too large, or its label or caption is damaged."""
@@ -76,7 +84,8 @@ class TarImages(EncodedSource):
         if length > max_bytes:
             raise BadRecord(name, f"{length} bytes, above the limit of {max_bytes}")
         try:
-            data = os.pread(_opened(self._tars[number], self._stamps[number]).fileno(), length, start)
+            file = _opened(self._tars[number], self._stamps[number])  # held, or it could close before the read
+            data = os.pread(file.fileno(), length, start)
         except OSError as error:
             raise BadRecord(name, f"cannot be read ({error.strerror or error})") from error
         if len(data) < length:
@@ -93,7 +102,7 @@ def _opened(tar: Path, stamp: tuple[int, int]) -> io.FileIO:
 
 
 def _find_tars(root: str | os.PathLike) -> list[Path]:
-    path = Path(root).expanduser()
+    path = Path(root)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         mend = "put .tar files there, or name them by a pattern such as train-*.tar"

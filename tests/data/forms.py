@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -34,10 +34,11 @@ def write_folder(root: Path, files: Mapping[str, bytes]) -> Path:
     return root
 
 
-def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+def write_tar(path: Path, files: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
+    """Takes pairs, too, where a name comes twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
+        for name, data in files.items() if isinstance(files, Mapping) else files:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))

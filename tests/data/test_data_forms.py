@@ -62,6 +62,13 @@ def test_files_come_out_as_they_went_in(roots, form):
         assert record.caption == ("a picture" if form == "webdataset" else "")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_root_in_the_home_folder(roots, form, monkeypatch):
+    monkeypatch.setenv("HOME", str(roots[form].parent))
+    assert len(make_source(form, root=f"~/{roots[form].name}")) == 12
+    assert len(make_source(form, root=Path("~") / roots[form].name)) == 12
+
+
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_workers_read_the_same(roots, form):
     source = source_of(form, roots)

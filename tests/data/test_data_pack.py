@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from forms import some_images, write_folder, write_tars
 from PIL import Image
 
 from gigatok_jax import pack as program
-from gigatok_jax.data import BadRecord, Encoded, ImageFolder, array_record, make_source
+from gigatok_jax.data import BadRecord, Encoded, ImageFolder, array_record, make_source, packing
 from gigatok_jax.data.array_record import ArrayRecordSet, from_bytes, to_bytes
 from gigatok_jax.data.packing import finished_records, pack
 
@@ -52,9 +53,8 @@ def test_an_interrupted_pack_goes_on_to_the_same_bytes(folder, tmp_path, at):
         pack(folder, tmp_path / "parts", **options, on_progress=killing(at))
     before = {path.name: path.stat().st_ino for path in (tmp_path / "parts").glob("*.array_record")}
     assert len(before) == (at - 1) // 4 and finished_records(tmp_path / "parts") == 4 * len(before)
-    if before:
-        with pytest.raises(ValueError, match="has not finished: run its pack command again"):
-            ArrayRecordSet(tmp_path / "parts")
+    with pytest.raises(ValueError, match="has not finished: run its pack command again"):
+        ArrayRecordSet(tmp_path / "parts")
     again = []
     pack(folder, tmp_path / "parts", **options, on_progress=again.append)
     assert again == list(range(4 * len(before) + 1, 15))
@@ -76,6 +76,29 @@ pack(ImageFolder({str(folder.root)!r}), {str(tmp_path / "parts")!r}, made_from={
     for out in ("parts", "whole"):
         pack(folder, tmp_path / out, made_from={}, shard_records=4)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_stopped_while_the_first_shard_is_written_down(folder, tmp_path, monkeypatch):
+    real = packing._write_json
+
+    def full(path, content):
+        if content["shards"]:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(packing, "_write_json", full)
+        pack(folder, tmp_path / "parts", made_from={}, shard_records=4)
+    assert [path.name for path in (tmp_path / "parts").glob("*.array_record")], "the shard has its name already"
+    for out in ("parts", "whole"):
+        pack(folder, tmp_path / out, made_from={}, shard_records=4)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_stopped_before_the_first_shard_another_pack_may_begin(folder, tmp_path):
+    with pytest.raises(Killed):
+        pack(folder, tmp_path / "out", made_from={}, shard_records=4, on_progress=killing(2))
+    assert pack(folder, tmp_path / "out", made_from={"root": "b"}, shard_records=5)["records"] == 12
 
 
 def test_the_hash_names_records_and_order_and_not_shards(folder, tmp_path):
@@ -134,11 +157,56 @@ def test_another_source_is_not_mixed_in(folder, tmp_path):
         pack(folder, tmp_path / "foreign", made_from={})
 
 
+def change(source: ImageFolder, how: str) -> None:
+    first = source.root / source.name_of(0)
+    if how == "renamed":
+        first.rename(first.with_name(f"99{first.suffix}"))
+    elif how == "repaired":
+        (source.root / "birds" / "00a.png").write_bytes(encoded(Image.fromarray(smooth(41, 60, 5)), "PNG"))
+    else:
+        first.write_bytes(first.read_bytes())
+        os.utime(first, ns=(0, 0))
+
+
+@pytest.mark.parametrize("how", ["renamed", "repaired", "written again"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_source_that_has_changed_is_not_gone_on_with(folder, tmp_path, how, finished):
+    options = {"made_from": {"root": "a"}, "shard_records": 4}
+    if finished:
+        pack(folder, tmp_path / "out", **options)
+    else:
+        with pytest.raises(Killed):
+            pack(folder, tmp_path / "out", **options, on_progress=killing(7))
+    change(folder, how)
+    with pytest.raises(ValueError, match=r"source has changed since .*/out' was .*; give another folder, or delete"):
+        pack(ImageFolder(folder.root), tmp_path / "out", **options)
+
+
+def test_a_tar_that_has_changed_is_not_gone_on_with(tmp_path):
+    write_tars(tmp_path / "tars", some_images())
+    pack(make_source("webdataset", root=tmp_path / "tars"), tmp_path / "out", made_from={})
+    pack(make_source("webdataset", root=tmp_path / "tars"), tmp_path / "out", made_from={})
+    os.utime(tmp_path / "tars" / "part-0.tar", ns=(0, 0))
+    with pytest.raises(ValueError, match="source has changed since"):
+        pack(make_source("webdataset", root=tmp_path / "tars"), tmp_path / "out", made_from={})
+
+
+def test_a_set_of_before_the_digest_is_read_but_not_gone_on_with(folder, tmp_path):
+    pack(folder, tmp_path, made_from={})
+    index = json.loads((tmp_path / "dataset.json").read_text())
+    assert len(index["made_from"].pop("source_digest")) == 64
+    (tmp_path / "dataset.json").write_text(json.dumps(index))
+    assert len(ArrayRecordSet(tmp_path)) == 12
+    with pytest.raises(ValueError, match=r"did not note the source's files, .*: give another folder, or delete"):
+        pack(folder, tmp_path, made_from={})
+
+
 def test_wrong_folders_and_damaged_files_are_told(folder, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no dataset.json in .*gigatok_jax.pack"):
         make_source("array_record", root=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no dataset.json in 'data/emoji' or its sub-folder 'eval'"):
-        monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    told = r"no dataset.json in 'data/emoji' or its sub-folder 'eval': .*pack --source=emoji --out=data/emoji`$"
+    with pytest.raises(FileNotFoundError, match=told):
         make_source("emoji", split="eval")
     out = tmp_path / "out"
     pack(folder, out, made_from={})
@@ -146,11 +214,14 @@ def test_wrong_folders_and_damaged_files_are_told(folder, tmp_path, monkeypatch)
     for broken, message in (
         (text[:100], "dataset.json is damaged .JSONDecodeError"),
         (text.replace('"class_names"', '"classes"'), "dataset.json is damaged .KeyError: 'class_names'"),
-        (text.replace('"schema": 1', '"schema": 2'), "has form 2, this version reads form 1"),
     ):
         (out / "dataset.json").write_text(broken)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             ArrayRecordSet(out)
+        assert f"delete the folder {str(out)!r} and run the pack command again" in str(caught.value)
+    (out / "dataset.json").write_text(text.replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(ValueError, match="has form 2, this version reads form 1"):
+        ArrayRecordSet(out)
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch):
@@ -183,20 +254,21 @@ def test_tars_keep_their_captions(tmp_path):
     np.testing.assert_array_equal(source[3].image, make_source("webdataset", root=tmp_path / "tars")[3].image)
 
 
-def run_program(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gigatok_jax.pack", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+def run_program(*arguments: str, home: Path) -> subprocess.CompletedProcess:
+    command, env = [sys.executable, "-m", "gigatok_jax.pack", *arguments], os.environ | {"HOME": str(home)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
 
 
 def test_program(zoo, tmp_path):
     made = program.run("folder", str(zoo), tmp_path / "out", "train", shard_records=4)
     # The second time checks what the first has made.
-    done = run_program("--source=folder", f"--root={zoo}", f"--out={tmp_path}/out", "--shard_records=4")
+    (tmp_path / "zoo").symlink_to(zoo)
+    done = run_program("--source=folder", "--root=~/zoo", "--out=~/out", "--shard_records=4", home=tmp_path)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts == made and (facts["records"], facts["dropped"]) == (len(GOOD), len(BAD))
     assert "11 of 11 records were packed before" in done.stdout
     for name in BAD:
         assert f"left out: {name}: " in done.stdout
-    done = run_program("--source=folder", f"--root={tmp_path}/missing", f"--out={tmp_path}/no")
+    done = run_program("--source=folder", f"--root={tmp_path}/missing", f"--out={tmp_path}/no", home=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: image folder ") and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,40 @@ def test_a_folder_one_tar_and_a_pattern(tmp_path):
     assert len(make_source("webdataset", root=tmp_path / "val-0.tar")) == 1
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("a.png", "b.png", "a.cls", "b.cls"), ("a.json", "b.png", "a.png"), ("a.png", "b.png", "a.png")],
+    ids=["labels behind", "caption before", "image twice"],
+)
+def test_a_sample_whose_files_lie_apart_is_refused(tmp_path, names):
+    content = {".png": PNG, ".cls": b"1", ".json": b"{}"}
+    write_tar(tmp_path / "x.tar", [(name, content[Path(name).suffix]) for name in names])
+    with pytest.raises(ValueError, match=r"x.tar' .* sample 'a' apart from each other.*--sort=name"):
+        TarImages(tmp_path)
+
+
+def test_labels_that_no_image_takes_are_told(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        assert TarImages(write_tar(tmp_path / "x.tar", {"images/a.png": PNG, "labels/a.cls": b"3"}))[0].label == 0
+    assert "x.tar: 1 .cls files are beside no image, the first is labels/a.cls; 1 images have no .cls" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        assert TarImages(write_tar(tmp_path / "y.tar", {"a.png": PNG, "a.cls": b"1", "b.cls": b"1"}))[0].label == 1
+    assert ".cls" not in caplog.text, "every image has its label"
+
+
+def test_tars_of_one_name_in_several_folders_have_names_of_their_own(tmp_path):
+    for name in ("d/1/a.tar", "d/2/a.tar", "d/2/deep/b.tar"):
+        write_tar(tmp_path / name, {"0.png": PNG})
+    for pattern, names in (
+        ("d/*/a.tar", ["1/a.tar/0", "2/a.tar/0"]),
+        ("d/2/a.tar", ["a.tar/0"]),
+        ("d/2", ["a.tar/0"]),
+    ):
+        source = make_source("webdataset", root=f"{tmp_path}/{pattern}")
+        assert [source.name_of(i) for i in range(len(source))] == names == [source[i].name for i in range(len(source))]
+
+
 def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "x.tar", {"a.png": PNG})
     built = []
@@ -95,15 +130,40 @@ def test_an_index_that_cannot_lie_beside_the_tar_goes_to_the_cache(tmp_path, mon
     assert TarImages(tar).read(0).data == PNG
 
 
-@pytest.mark.parametrize("cut", [700, 1500, 2048, -1024])
+@pytest.mark.parametrize("cut", [700, 1500, 1800, 2048, -1024])
 def test_a_cut_tar_is_refused(tmp_path, cut):
     big = os.urandom(5000)
     tar = write_tar(tmp_path / "x.tar", {"a.png": PNG.ljust(1024, b"\0")[:1024], "b.png": big})
     whole = tar.read_bytes()
     end = 512 + 1024 + 512 + 5120  # headers and contents in blocks of 512; zeros follow
     tar.write_bytes(whole[: cut if cut > 0 else end])
-    with pytest.raises(ValueError, match=r"x.tar' (cannot be indexed|has no end mark).*cop"):
+    with pytest.raises(ValueError, match=r"x.tar' (cannot be indexed|has no end mark|is damaged at byte 1536).*cop"):
         TarImages(tar)
+
+
+@pytest.mark.parametrize("harm", ["flipped header", "zeroed header", "joined", "something behind", "half an end mark"])
+def test_a_tar_damaged_in_its_middle_is_refused(tmp_path, harm):
+    tar = write_tar(tmp_path / "x.tar", {f"{i}.png": b"x" * 600 for i in range(4)})
+    whole, second, end = tar.read_bytes(), 512 + 1024, 4 * (512 + 1024)
+    assert len(whole) == 10_240 and not any(whole[end:]), "padded with zeros"
+    harmed, message = {
+        "flipped header": (whole[:second] + b"?" + whole[second + 1 :], f"is damaged at byte {second}: .*copy it"),
+        "zeroed header": (whole[:second] + bytes(512) + whole[second + 512 :], f"is damaged at byte {second}: "),
+        "joined": (2 * whole, f"is damaged at byte {end}: .* from byte 10240 on"),
+        # Far behind, so that it is not in the first piece that is read.
+        "something behind": (whole + bytes(3 * 2**20) + b"x", f"is damaged at byte {end}: .* from byte 3155968 on"),
+        "half an end mark": (whole[: end + 512], "has no end mark"),
+    }[harm]
+    tar.write_bytes(harmed)
+    with pytest.raises(ValueError, match=rf"x.tar' {message}"):
+        TarImages(tar)
+
+
+def test_a_tar_may_end_after_its_end_mark_or_in_many_zeros(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a.png": b"x" * 600})
+    for content in (tar.read_bytes()[: 512 + 1024 + 1024], tar.read_bytes() + bytes(3 * 2**20)):
+        tar.write_bytes(content)
+        assert len(TarImages(tar)) == 1
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -159,3 +219,10 @@ def test_many_tars_stay_within_the_limit_of_open_files(tmp_path, monkeypatch):
     for index in range(8):
         source.read(index)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_file_that_the_cache_has_let_go_of_stays_open_while_it_is_read(tmp_path, monkeypatch):
+    source = TarImages(write_tar(tmp_path / "x.tar", {"a.png": PNG}))
+    # Two threads that miss at once both open the tar, and the cache keeps one file; here it keeps none.
+    monkeypatch.setattr(webdataset, "_opened", webdataset._opened.__wrapped__)
+    assert source.read(0).data == PNG
