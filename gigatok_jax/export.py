@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 import gigatok_jax
 from gigatok_jax.checkpoint import Checkpointer
@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     options = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be taken by the run
     try:
         content = export(Path(options.checkpoint), Path(options.bundle), step=options.step, weights=options.weights)

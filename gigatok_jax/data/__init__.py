@@ -3,7 +3,7 @@
 from gigatok_jax.data.array_record import ArrayRecordSet
 from gigatok_jax.data.decode import BadRecord, decode_image
 from gigatok_jax.data.elements import CROPS, ImageElement, TokenElement, element
-from gigatok_jax.data.evaluation import eval_batches, eval_crops
+from gigatok_jax.data.evaluation import Tiles, eval_batches, eval_crops
 from gigatok_jax.data.pipeline import NoUsableImages, TrainLoader, fingerprint, sample_ids
 from gigatok_jax.data.records import Encoded, EncodedSource, Record, Source
 from gigatok_jax.data.sources import SOURCES, ImageFolder, Photographs, make_source
@@ -25,6 +25,7 @@ __all__ = [
     "Record",
     "Source",
     "TarImages",
+    "Tiles",
     "TokenElement",
     "TokenRecord",
     "TokenSet",

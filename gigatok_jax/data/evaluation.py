@@ -7,7 +7,7 @@ import numpy as np
 from gigatok_jax.data import transforms
 from gigatok_jax.data.decode import BadRecord
 from gigatok_jax.data.pipeline import read_batches, report_bad, require
-from gigatok_jax.data.records import Source
+from gigatok_jax.data.records import Record, Source
 
 
 class _LoadCentered:
@@ -113,6 +113,25 @@ def eval_crops(source: Source, size: int, count: int) -> tuple[np.ndarray, list[
             crops.append(transforms.resize_square(window, size))
             names.append(f"{record.name}@{top},{left},{side}")
     return np.stack(crops), names
+
+
+class Tiles:
+    """The crops of `eval_crops` as a source: one record each, unlabelled pictures' label 0."""
+
+    def __init__(self, source: Source, size: int, count: int):
+        """Raises ValueError or BadRecord as `eval_crops`."""
+        self.class_names = source.class_names
+        self._crops, self._names = eval_crops(source, size, count)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self._crops[index], 0, self._names[index])
+
+    def name_of(self, index: int) -> str:
+        """The picture and the crop's place in it."""
+        return self._names[index]
 
 
 def _places(height: int, width: int, size: int, count: int, name: str) -> list[tuple[int, int, int]]:

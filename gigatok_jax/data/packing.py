@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import grain
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from gigatok_jax.data.array_record import INDEX, SCHEMA, UNFINISHED, read_index, to_bytes
 from gigatok_jax.data.decode import BadRecord, decode_image
 from gigatok_jax.data.pipeline import fingerprint
-from gigatok_jax.data.records import Encoded, EncodedSource
+from gigatok_jax.data.records import Encoded, EncodedSource, Source
+from gigatok_jax.data.shards import is_whole, write_json, write_shard
 
-# One record per chunk, as random access wants it; the image files are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 # What "made_from" says of the source's files; the rest of it says what was asked for.
 _OF_SOURCE = ("source_records", "source_digest")
 
@@ -64,24 +62,24 @@ def pack(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     made_from = {**made_from, "source_records": len(source), "shard_records": shard_records}
-    made_from["source_digest"] = _digest_of(source)
+    made_from["source_digest"] = digest_of(source)
     class_names = list(source.class_names)
     state = _resume(out, made_from, class_names)
     if not (out / INDEX).is_file():  # before any shard: a folder of shards alone would be refused as foreign
-        _write_json(out / UNFINISHED, state)
+        write_json(out / UNFINISHED, state)
     num_shards = -(-len(source) // shard_records)
     for number in range(len(state["shards"]), num_shards):
         span = range(number * shard_records, min((number + 1) * shard_records, len(source)))
         path = out / f"images-{number:05d}-of-{num_shards:05d}.array_record"
         records = _good_records(source, span, num_threads, state["dropped"], on_progress)
-        state["shards"].append(_write_shard(path, records, state["hash"]))
+        state["shards"].append(write_shard(path, map(to_bytes, records), state["hash"]))
         state["hash"] = state["shards"][-1]["hash"]
         state["records"] += state["shards"][-1]["records"]
-        _write_json(out / UNFINISHED, state)
+        write_json(out / UNFINISHED, state)
     if not state["records"]:
         name, reason = next(iter(state["dropped"].items()))
         raise ValueError(f"none of {len(source)} records is usable; the first is {name}: {reason}")
-    _write_json(out / INDEX, state)
+    write_json(out / INDEX, state)
     (out / UNFINISHED).unlink(missing_ok=True)
     return state
 
@@ -95,10 +93,10 @@ def finished_records(out: str | os.PathLike) -> int:
     return 0
 
 
-def _digest_of(source: EncodedSource) -> str:
+def digest_of(source: Source) -> str:
     """Changes with the source's records and their order, and with the sizes and times of its files."""
     digest = hashlib.sha256(json.dumps(fingerprint(source)).encode())
-    for size, time_ns in source.file_stamps():
+    for size, time_ns in getattr(source, "file_stamps", tuple)():
         digest.update(f"{size} {time_ns}\n".encode())
     return digest.hexdigest()
 
@@ -117,14 +115,14 @@ def _resume(out: Path, made_from: dict[str, Any], class_names: list[str]) -> dic
         return fresh  # stopped before its first shard: there is nothing that another pack could be mixed with
     _check_same(out, state, fresh)
     for number, shard in enumerate(state["shards"]):
-        if shard["records"] and not _is_whole(out / shard["file"], shard):
+        if shard["records"] and not is_whole(out / shard["file"], shard):
             # Later shards are written again too: each one's hash goes on from the one before it.
             kept = state["shards"][:number]
             state |= {"shards": kept, "records": sum(s["records"] for s in kept)}
             state["hash"] = kept[-1]["hash"] if kept else fresh["hash"]
             break
     if path.name == INDEX and len(state["shards"]) < -(-made_from["source_records"] // made_from["shard_records"]):
-        _write_json(out / UNFINISHED, state)
+        write_json(out / UNFINISHED, state)
         path.unlink()
     return state
 
@@ -145,10 +143,6 @@ def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> No
             f"the source has changed since {str(out)!r} was packed or begun: its files have other names, sizes or "
             f"times, or its classes are others; {mend}"
         )
-
-
-def _is_whole(path: Path, shard: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == shard["bytes"] and _sha256(path) == shard["sha256"]
 
 
 def _good_records(
@@ -176,33 +170,3 @@ def _good_records(
         else:
             yield record
         on_progress(index + 1)
-
-
-def _write_shard(path: Path, records: Iterator[Encoded], chain: str) -> dict[str, Any]:
-    """Writes one shard under another name and renames it; returns its entry in `dataset.json`."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    writer, count, digest = ArrayRecordWriter(str(unfinished), _WRITER_OPTIONS), 0, bytes.fromhex(chain)
-    for record in records:
-        data = to_bytes(record)
-        digest = hashlib.sha256(digest + hashlib.sha256(data).digest()).digest()
-        writer.write(data)
-        count += 1
-    writer.close()
-    # The writer does not always say that a disk is full.
-    if not unfinished.is_file() or ArrayRecordReader(str(unfinished)).num_records() != count:
-        raise OSError(f"shard {str(unfinished)!r} could not be written whole: is the disk full?")
-    entry = {"file": path.name, "records": count, "bytes": unfinished.stat().st_size}
-    entry |= {"sha256": _sha256(unfinished), "hash": digest.hex()}
-    os.replace(unfinished, path)
-    return entry
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
