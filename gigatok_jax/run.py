@@ -40,6 +40,7 @@ class Run:
         self.objective = objectives.build(cfg)
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
+        self.objective.check(self.source)
         self.evaluator = evals.build(cfg, self.objective, self.mesh, self.source) if cfg.data.eval_source else None
         self.frozen = frozen.of_config(cfg, self.mesh)
         self.identity = identity.identity(cfg, self.source)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gigatok_jax import teachers as frozen_networks
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.generators import ar
+from gigatok_jax.generators import ar as generators_ar
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
@@ -47,7 +47,7 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
     if cfg["objective"] == "ar":
-        generator = ar.build(cfg["generator"], dtype=jnp.dtype(cfg["dtype"]))
+        generator = generators_ar.build(cfg["generator"], dtype=jnp.dtype(cfg["dtype"]))
         return ARObjective(generator, cfg["generator"]["class_dropout"])
     weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
     tokenizer = build_tokenizer(cfg["tokenizer"], dtype)

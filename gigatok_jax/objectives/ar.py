@@ -22,6 +22,27 @@ class ARObjective(NamedTuple):
 
     shown = ("loss/total", "accuracy")
 
+    def check(self, source: Any) -> None:
+        """Compares the source of training ids with the generator.
+
+        Raises:
+          ValueError: naming the config's field and what it should be.
+        """
+        model, made = self.generator, source.tokenizer
+        wanted = {"codebook_size": made["codebook_size"], "num_latent_tokens": made["num_latent_tokens"]}
+        for field, value in wanted.items():
+            if getattr(model, field) != value:
+                raise ValueError(
+                    f"config.generator.{field}={getattr(model, field)}, but the ids' tokenizer has {value}: set "
+                    f"--config.generator.{field}={value}"
+                )
+        if len(source.class_names) > model.num_classes:
+            count = len(source.class_names)
+            raise ValueError(
+                f"config.generator.num_classes={model.num_classes}, but the ids have {count} classes: set "
+                f"--config.generator.num_classes={count}"
+            )
+
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
         ids = jnp.zeros((1, self.generator.num_latent_tokens), jnp.int32)

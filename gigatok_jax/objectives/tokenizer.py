@@ -62,6 +62,9 @@ class TokenizerObjective(NamedTuple):
 
     shown = ("loss/total", "loss/l2", "codebook/usage")
 
+    def check(self, source: Any) -> None:
+        """Any source of images will do."""
+
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""
         size = self.tokenizer.image_size

@@ -1,0 +1,28 @@
+"""A small AR generator of emoji, over the ids of `configs/emoji.py`'s tokenizer, on a laptop.
+
+    python -m gigatok_jax.export --checkpoint=runs/emoji --bundle=bundles/emoji
+    python -m gigatok_jax.encode --bundle=bundles/emoji --source=emoji --crop=adm --num_views=8 --flip \\
+        --out=tokens/emoji/train
+    python -m gigatok_jax.encode --bundle=bundles/emoji --source=emoji --split=eval --out=tokens/emoji/eval
+    python -m gigatok_jax.train --config=configs/emoji_ar.py --workdir=runs/emoji-ar
+
+Hardware: 2 CPU cores. Expected result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from gigatok_jax import config
+
+
+def get_config() -> ConfigDict:
+    """The locked config."""
+    cfg = config.ar()
+    cfg.update(num_steps=1500, global_batch=32, dtype="float32")
+    cfg.generator.update(width=192, depth=4, heads=4, codebook_size=1024, num_latent_tokens=64, num_classes=98)
+    cfg.generator.update(remat="none", unroll=2)
+    cfg.groups.generator.update(learning_rate=1e-3, warmup_steps=50)
+    cfg.data.update(root="tokens/emoji", eval_source="tokens", eval_root="tokens/emoji", num_threads=1)
+    cfg.log.every = 10
+    cfg.eval.update(every=500, num_images=322)
+    cfg.checkpoint.every = 500
+    return cfg.lock()
