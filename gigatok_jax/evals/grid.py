@@ -73,6 +73,28 @@ def comparison_grid(
     return page
 
 
+def picture_grid(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Lays out pictures, each over its caption, magnified by repeated pixels to at least 96 on the shorter side.
+
+    Args:
+      images: uint8 (N,H,W,3).
+      captions: one for each, "" for none.
+    """
+    scale = math.ceil(_MIN_TILE / min(images.shape[1:3]))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    columns, line = min(columns, len(images)), 16 if any(captions) else 0
+    rows, step_x, step_y = math.ceil(len(images) / columns), width + _PAIR_GAP, height + line + _PAIR_GAP
+    size = 2 * _MARGIN + columns * step_x - _PAIR_GAP, 2 * _MARGIN + rows * step_y - _PAIR_GAP
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = _MARGIN + i % columns * step_x, _MARGIN + i // columns * step_y
+        page.paste(_magnify(image, scale), (x, y))
+        letters = max(1, width // 6)  # of the small font that fit
+        draw.text((x + width / 2, y + height + line), caption[:letters], fill=_FAINT, font=_font(11), anchor="md")
+    return page
+
+
 def curves_picture(
     jsonl_path: str | os.PathLike,
     out_png: str | os.PathLike,

@@ -1,0 +1,186 @@
+"""Images written by a generator's bundle and drawn by its tokenizer's.
+
+    python -m gigatok_jax.sample --generator=bundles/ar --tokenizer=bundles/tokenizer --labels=all --num_images=64 \\
+        --scale=2 --schedule=step --out=samples
+
+In --out: `images/NNNNNN.png`, `grid.png`, `samples.npz` (`arr_0` uint8 (N, S, S, 3), `arr_1` labels, as ADM's
+evaluation reads them) and `sampling.json`. Image n depends on the seed, n and its label alone, so that started again
+with the same command it goes on with the images that are missing. Several processes share out the batches. The last
+line printed is one JSON object.
+"""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from gigatok_jax import distributed, sharding
+from gigatok_jax.evals.grid import picture_grid
+from gigatok_jax.hub import bundle
+from gigatok_jax.metrics import Progress
+from gigatok_jax.sampling.guidance import SCHEDULES
+from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
+
+SHOWN = 64  # images on the grid at most
+
+
+def labels_of(text: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """(count,) labels: "all" goes round the classes, "random" draws them uniformly (as published), "3,7" those two.
+
+    Raises:
+      ValueError: for anything else, or a class that there is not.
+    """
+    if text == "all":
+        return np.arange(count) % num_classes
+    if text == "random":
+        return np.random.default_rng([seed, 0]).integers(0, num_classes, count)
+    try:
+        chosen = np.array([int(part) for part in text.split(",")])
+    except ValueError:
+        raise ValueError(f"--labels={text} is neither all, random, nor class numbers such as 3,7") from None
+    if chosen.min() < 0 or chosen.max() > num_classes:
+        raise ValueError(f"--labels={text}: this generator has the classes 0..{num_classes - 1} ({num_classes}: none)")
+    return chosen[np.arange(count) % len(chosen)]
+
+
+def check_pair(generator: GeneratorPipeline, tokenizer: TokenizerPipeline) -> None:
+    """Raises ValueError where the generator was trained on another tokenizer's ids."""
+    made = generator.bundle.tokenizer
+    if made is None or made["hash"] != tokenizer.bundle.hash:
+        raise ValueError(
+            f"the generator writes ids of the tokenizer {made and made['hash'][:12]}…, --tokenizer is "
+            f"{tokenizer.bundle.hash[:12]}…: give the bundle that its training ids were encoded with"
+        )
+
+
+def sample_images(
+    generator: GeneratorPipeline,
+    tokenizer: TokenizerPipeline,
+    labels: np.ndarray,
+    out: Path,
+    *,
+    batch: int,
+    settings: dict[str, Any],
+    process: tuple[int, int] = (0, 1),
+) -> None:
+    """Writes this process' images that are not there yet.
+
+    Args:
+      settings: of `GeneratorPipeline.sample`.
+      process: (this process' number, how many there are): batch b belongs to process b mod P.
+    Raises:
+      ValueError: `out` holds images of other settings.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    asked = {"generator": generator.bundle.hash, "tokenizer": tokenizer.bundle.hash, **settings}
+    asked["labels"] = labels.tolist()
+    path = out / "sampling.json"
+    if path.is_file() and (old := json.loads(path.read_text())) != asked:
+        differing = sorted(name for name in old.keys() | asked.keys() if old.get(name) != asked.get(name))
+        raise ValueError(f"{out} has images of another {', '.join(differing)}: give another --out, or delete this one")
+    path.write_text(json.dumps(asked) + "\n")
+    stream = None if process[0] == 0 else io.StringIO()
+    starts = range(process[0] * batch, len(labels), process[1] * batch)
+    progress = Progress(len(starts), global_batch=batch, warmup_updates=1, stream=stream)
+    for done, start in enumerate(starts, 1):
+        numbers = np.arange(start, min(start + batch, len(labels)))
+        paths = [image_path(out, n) for n in numbers]
+        if not all(path.is_file() for path in paths):
+            at = np.minimum(np.arange(start, start + batch), len(labels) - 1)  # one batch size, so one program
+            ids = generator.sample(labels[at], first=start, **settings)
+            for path, image in zip(paths, tokenizer.detokenize(ids)):
+                partial = path.with_suffix(".partial")
+                Image.fromarray(image).save(partial, "PNG")
+                os.replace(partial, path)
+        progress.update(done)
+    progress.end_line()
+
+
+def image_path(out: Path, number: int) -> Path:
+    """Where an image is written."""
+    return out / "images" / f"{number:06d}.png"
+
+
+def collect(out: Path, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Writes `samples.npz` and `grid.png` from the images."""
+    images = np.stack([np.asarray(Image.open(image_path(out, n))) for n in range(len(labels))])
+    partial = out / "samples.partial.npz"
+    np.savez(partial, arr_0=images, arr_1=labels.astype(np.int64))
+    os.replace(partial, out / "samples.npz")
+    names = [class_names[label] if label < len(class_names) else "" for label in labels[:SHOWN]]
+    picture_grid(images[:SHOWN], names).save(out / "grid.png")
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Called only where this module is the program."""
+    flags.DEFINE_string("generator", None, "The generator's bundle.", required=True)
+    flags.DEFINE_string("tokenizer", None, "The bundle of the tokenizer whose ids it writes.", required=True)
+    flags.DEFINE_string("labels", "all", "all, random, or class numbers such as 3,7.")
+    flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder to write.", required=True)
+    flags.DEFINE_integer("seed", 0, "Of all images.", lower_bound=0)
+    flags.DEFINE_integer("batch", 16, "Images at once, over a process' devices.", lower_bound=1)
+    flags.DEFINE_float("scale", 1.0, "Guidance scale; 1 is none.", lower_bound=1.0)
+    flags.DEFINE_enum("schedule", "constant", SCHEDULES, "How the guidance scale goes along a sequence.")
+    flags.DEFINE_float("start", None, "Of step and rectangular: share of the sequence where guidance begins.")
+    flags.DEFINE_float("end", 1.0, "Of rectangular: where it ends.")
+    flags.DEFINE_float("peak", 0.5, "Of triangular.")
+    flags.DEFINE_integer("interval", -1, "No guidance from this id on; -1: to the end.")
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the best id.", lower_bound=0.0)
+    flags.DEFINE_integer("top_k", 0, "Draw among the k best ids; 0: all.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Draw among the best ids of this probability.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the generator's weights and cache.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is.")
+
+
+def run() -> dict[str, Any]:
+    """What the flags ask for; returns the summary that `main` prints."""
+    mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
+    generator = GeneratorPipeline(bundle.load(FLAGS.generator, "generator"), dtype=FLAGS.dtype, mesh=mesh)
+    tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer"), mesh=mesh)
+    check_pair(generator, tokenizer)
+    out, classes = Path(FLAGS.out).expanduser(), generator.model.num_classes
+    labels = labels_of(FLAGS.labels, FLAGS.num_images, classes, FLAGS.seed)
+    guidance = ("scale", "schedule", "start", "end", "peak", "interval")
+    names = ("seed", *guidance, "temperature", "top_k", "top_p")
+    settings = {name: FLAGS[name].value for name in names}
+    process = jax.process_index(), jax.process_count()
+    sample_images(generator, tokenizer, labels, out, batch=FLAGS.batch, settings=settings, process=process)
+    if process[1] > 1:
+        multihost_utils.sync_global_devices("every image is written")
+    if not distributed.is_main():
+        return {}
+    collect(out, labels, generator.bundle.class_names)
+    return {"images": len(labels), "grid": str(out / "grid.png"), "npz": str(out / "samples.npz")}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        facts = run()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        logging.debug("while sampling", exc_info=True)
+        sys.exit(f"error: {error}")
+    if facts:
+        print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
