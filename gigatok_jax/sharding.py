@@ -118,8 +118,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """What `nn.constrain` applies while a step is traced: the batch axis over the data-parallel devices."""
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None:
+    """What `nn.constrain` applies while a step is traced: the batch axis over the data-parallel devices.
+
+    None on one device.
+    """
+    if mesh.size == 1:
+        return None
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def constraint(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:

@@ -13,21 +13,19 @@ from gigatok_jax.teachers.convnet import Stage
 from tests.teachers.seeded import seeded
 from tests.tiny import config_module, tiny_run
 
-VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
+TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
 VITS = {"dinov2-b": ViTSizes(16, 2, 2, 14, 4, "dinov2"), "dino-s16": ViTSizes(16, 4, 2, 16, 14, "dino")}
 
 
 def narrow(folder: Path) -> None:
-    """Makes VGG16, DINOv2-B and DINO v1 narrow in this process, with their weights in `folder` (written once)."""
-    teachers.CONVNETS["vgg16"] = VGG
+    """Makes VGG16, DINOv2-B and DINO v1 narrow in this process, with their weights in `folder`."""
+    teachers.CONVNETS["vgg16"] = TINY_VGG
     teachers.VITS.update(VITS)
     teachers.SEMANTIC["dinov2-b"] = VITS["dinov2-b"].width
     os.environ["GIGATOK_WEIGHTS"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("vgg16", *VITS):
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            save_file(seeded(hub.entries(name)), path)
+        save_file(seeded(hub.entries(name)), folder / f"{name}.safetensors")
 
 
 def recipe(size: str, **changes: object) -> ConfigDict:

@@ -1,16 +1,22 @@
 """The published steps with every loss and frozen network, at reduced widths: sharded, and resumed to the bit."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gigatok_jax import objectives, sharding, teachers
 from gigatok_jax.checkpoint import CheckpointMismatch
 from gigatok_jax.hub import frozen
+from gigatok_jax.hub import teachers as hub
+from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import Run
 from tests.networks import narrow, recipe
 from tests.steps import MESHES, ONE, QUIET, assert_same_leaves, full_step
-from tests.test_train import final_state, seen, worker
+from tests.teachers.seeded import seeded
 
 SIZES = ("b-l", "b-l-dino-disc")
 
@@ -66,28 +72,59 @@ def test_frozen_networks_are_sharded_by_the_table(networks):
     assert len(split) > 20
 
 
-def test_killed_in_the_middle_of_a_published_recipe_and_resumed_to_the_bit(networks, tmp_path):
-    """Killed after step 6; the auxiliary path ends at 3, the discriminator starts at 5."""
-    size = "b-l-dino-disc"
-    options = ("loss__direct=false", f"--recipe={size}", f"--networks={networks}")
-    worker(tmp_path / "whole", *options)
-    killed = worker(tmp_path / "killed", *options, "--kill=9", "--at=6", check=False)
-    assert killed.returncode == -9, killed.stderr[-3000:]
-    worker(tmp_path / "killed", *options)
-    cfg = recipe(size, loss__direct=False)
-    one, other = (final_state(tmp_path / name, cfg) for name in ("whole", "killed"))
-    assert int(one.step) == 8
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert seen(tmp_path / "whole") == seen(tmp_path / "killed")
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs of this process on its first device: a program of eight compiles and saves longer."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def test_other_weights_are_refused_on_resume(networks, tmp_path):
-    cfg = recipe("b-l", num_steps=1)
+SMALLEST = {"tokenizer__conv_multipliers": (1,), "tokenizer__encoder_depth": 1, "tokenizer__decoder_depth": 1}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resumed_to_the_bit_across_both_phase_changes(networks, one_device, tmp_path, size):
+    """Resumed after step 1; the auxiliary path ends at 3, the discriminator starts at 4. A real kill: test_train.py."""
+    cfg = recipe(size, num_steps=5, loss__discriminator_start=4, **SMALLEST)
+    cfg.checkpoint.update(every=1, keep_last=5)
+    whole = Run(cfg, tmp_path / "whole")
+    trained(whole)
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "1", tmp_path / "resumed" / "checkpoints" / "1")
+    resumed = Run(cfg, tmp_path / "resumed")
+    assert resumed.start == 1
+    resumed._steps = whole._steps  # compiled once: they are pure functions of what a run holds
+    trained(resumed)
+    assert [(phase.auxiliary, phase.adversarial) for phase in resumed._steps] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.state), jax.device_get(whole.state))
+    steps = [scalars(tmp_path / name) for name in ("whole", "resumed")]
+    assert [line["step"] for line in steps[1]] == [2, 3, 4, 5] and steps[1] == steps[0][1:]
+    assert ["loss/feature" in line for line in steps[1]] == [True, False, False, False]
+    assert ["loss/discriminator" in line for line in steps[1]] == [False, False, True, True]
+
+
+def trained(run):
+    with StopSignal() as stop:
+        assert not run.train(stop)
+        run.writer.flush()
+
+
+def scalars(workdir):
+    """What each step reported, without the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def test_other_weights_are_refused_on_resume(networks, one_device, tmp_path):
+    cfg = recipe("b-l", num_steps=1, **SMALLEST)
     run = Run(cfg, tmp_path / "run")
     run.save(0)
     run.checkpoints.close()
-    (networks / "vgg16.safetensors").write_bytes((networks / "vgg16.safetensors").read_bytes() + b" " * 8)
-    with pytest.raises((CheckpointMismatch, ValueError), match=r"vgg16|other frozen weights"):
+    assert Run(cfg, tmp_path / "run").start == 0
+    save_file(seeded(hub.entries("vgg16"), seed=1), networks / "vgg16.safetensors")
+    with pytest.raises(CheckpointMismatch, match=r"trained against other frozen weights.*'perceptual'"):
         Run(cfg, tmp_path / "run")
 
 

@@ -1,7 +1,7 @@
 """One training process for the tests: a tiny run that writes down which samples it saw, and can kill itself.
 
 python tests/worker.py WORKDIR [--kill=9|15 (--at=STEP | --during=compile|evaluate|save)] [--mesh=data,fsdp,tensor]
-    [--recipe=SIZE --networks=FOLDER] [key=value …]
+    [key=value …]
 """
 
 import argparse
@@ -15,10 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from ml_collections import ConfigDict
 
 from gigatok_jax import distributed, run, train
-from tests.networks import narrow, recipe
 from tests.tiny import tiny_run
 
 # As in conftest: one run's compilations serve the next.
@@ -69,17 +67,13 @@ def main() -> None:
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--at", type=int, default=-1)
     parser.add_argument("--during", default="")
-    parser.add_argument("--recipe", default="")
-    parser.add_argument("--networks", default="")
     parser.add_argument("--mesh", default="-1,1,1")
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("changes", nargs="*")
     args = parser.parse_args()
     distributed.initialize()
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in args.changes)}
-    if args.networks:
-        narrow(Path(args.networks))
-    cfg: ConfigDict = recipe(args.recipe, **changes) if args.recipe else tiny_run(**changes)
+    cfg = tiny_run(**changes)
     cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), map(int, args.mesh.split(",")))))
     Recording.kill, Recording.at, Recording.during = args.kill, args.at, args.during
     train.Run = Recording

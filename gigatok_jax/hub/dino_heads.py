@@ -32,9 +32,14 @@ def dino_heads_from_published(state: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 
 def dino_heads_to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `dino_heads_from_published`."""
+    """The inverse of `dino_heads_from_published`; what is `frozen` is left out.
+
+    Raises:
+      ValueError: naming every missing, unknown and misshapen leaf.
+    """
     params = variables["params"]
-    return keymap.into_published(entries(len(params), params["head_0"]["point_conv"]["bias"].shape[0]), variables)
+    heads = {name: value for name, value in variables.items() if name != "frozen"}
+    return keymap.into_published(entries(len(params), params["head_0"]["point_conv"]["bias"].shape[0]), heads)
 
 
 def _head(head: int, width: int) -> Iterator[Entry]:

@@ -69,13 +69,27 @@ def check_keys(entries: Iterable[Entry], state: Mapping[str, Any], droppable: tu
     Raises:
       ValueError: listing all unknown, missing and misshapen keys.
     """
-    want = {entry.key: entry.shape for entry in entries}
-    problems = [f"unknown: {key}" for key in state if key not in want and key not in droppable]
-    problems += [f"missing: {key} {shape}" for key, shape in want.items() if key not in state]
+    _compare({entry.key: entry.shape for entry in entries}, state, droppable)
+
+
+def _check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
+    """As `check_keys`, for our leaves by path."""
+    want: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        part = entry.shape if len(entry.paths) == 1 else (entry.shape[0] // len(entry.paths), *entry.shape[1:])
+        shape = to_ours(np.broadcast_to(0, part), entry.kind).shape
+        for path in entry.paths:  # layers come in ascending order: the last one tells how many there are
+            want[path] = shape if entry.layer is None else (entry.layer + 1, *shape)
+    _compare(want, flat)
+
+
+def _compare(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], droppable: tuple[str, ...] = ()) -> None:
+    problems = [f"unknown: {key}" for key in found if key not in want and key not in droppable]
+    problems += [f"missing: {key} {shape}" for key, shape in want.items() if key not in found]
     problems += [
-        f"misshapen: {key} is {tuple(state[key].shape)}, expected {shape}"
+        f"misshapen: {key} is {np.shape(found[key])}, expected {shape}"
         for key, shape in want.items()
-        if key in state and tuple(state[key].shape) != shape
+        if key in found and np.shape(found[key]) != shape
     ]
     if problems:
         shown = "\n  ".join(problems[:40])
@@ -99,8 +113,13 @@ def from_published(
 
 
 def into_published(entries: list[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters → published tensors."""
+    """Our parameters → published tensors.
+
+    Raises:
+      ValueError: listing all unknown, missing and misshapen leaves.
+    """
     flat = flatten(params)
+    _check_leaves(entries, flat)
     state = {}
     for entry in entries:
         parts = [

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from gigatok_jax.hub.tensors import reading
+
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # what numpy's own pickles call, wherever this version keeps it
 _NUMPY = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -60,6 +62,7 @@ def read_numpy_pickle(data: bytes) -> Any:
 
     Raises:
       ValueError: naming what the pickle calls beside numpy's constructors, or for a leaf that is no array of numbers.
+      Exception: of nearly any type for bytes that are no pickle; see `tensors.reading`.
     """
     tree = _Reader(io.BytesIO(data), _NUMPY).load()
     _check(tree)
@@ -70,15 +73,17 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
     """A state dict saved by `torch.save`, in the zip format or the older one, without torch.
 
     Raises:
-      ValueError: for a pickle that calls anything but tensor constructors, or that is no flat dict of tensors.
+      OSError: where there is no such file, or it may not be read.
+      ValueError: naming the file, for a pickle that calls anything but tensor constructors or is no flat dict of
+        tensors, and for a damaged file.
     """
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         zipped = zipfile.is_zipfile(file)
         file.seek(0)
         tree = _read_zip(file) if zipped else _read_legacy(file, Path(path).stat().st_size)
-    if not isinstance(tree, Mapping) or not all(isinstance(value, np.ndarray) for value in tree.values()):
-        raise ValueError(f"{path} is no flat dict of tensors")
-    return {str(key): np.ascontiguousarray(value) for key, value in tree.items()}
+        if not isinstance(tree, Mapping) or not all(isinstance(value, np.ndarray) for value in tree.values()):
+            raise ValueError("it holds no flat dict of tensors")
+        return {str(key): np.ascontiguousarray(value) for key, value in tree.items()}
 
 
 def _check(tree: Any) -> None:
@@ -112,7 +117,10 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tup
 
 def _read_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
-        (program,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        programs = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError(f"torch.save writes one data.pkl, this zip holds {len(programs)}")
+        (program,) = programs
         folder = program.removesuffix("data.pkl")
 
         def storage(pid: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Where a model says which of its axes is the batch, without knowing a mesh.
 
-A module calls `constrain(x, "batch", None, "embed")`; outside a mesh this returns `x` itself. `sharding.py` supplies
+A module calls `constrain(x, "batch", None, "embed")`; on one device this returns `x` itself. `sharding.py` supplies
 the function that turns logical names into a `NamedSharding` constraint, for the time a step is traced.
 """
 
@@ -15,9 +15,14 @@ _constraint: contextvars.ContextVar[Constraint | None] = contextvars.ContextVar(
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """`x` with its sharding pinned to the named logical axes, one per dimension (identity without a mesh)."""
+    """`x` with its sharding pinned to the named logical axes, one per dimension (identity on one device)."""
     constraint = _constraint.get()
     return x if constraint is None else constraint(x, logical_axes)
+
+
+def is_split() -> bool:
+    """Whether what is being traced runs on several devices."""
+    return _constraint.get() is not None
 
 
 @contextlib.contextmanager

