@@ -8,6 +8,7 @@ CORE = [
     "absl-py>=2.1",
     "array_record>=0.8",  # shards of images; also what grain and TFDS read
     "clu>=0.0.12",
+    "flatbuffers>=25",  # exported programs
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",

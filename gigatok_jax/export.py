@@ -1,9 +1,9 @@
 """A training checkpoint → a bundle that a tokenizer or generator is used from.
 
-    python -m gigatok_jax.export --checkpoint=runs/quickstart --bundle=bundles/tokenizer
+    python -m gigatok_jax.export --checkpoint=runs/quickstart --bundle=bundles/tokenizer --stablehlo
 
-Works on one host without an accelerator, for the largest size too: one tensor at a time is in memory. The last line
-printed is one JSON object.
+--stablehlo adds the programs that run without this package (see `gigatok_jax.hub.stablehlo`). Works on one host without
+an accelerator, for the largest size too: one tensor at a time is in memory. The last line printed is one JSON object.
 """
 
 import json
@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 import gigatok_jax
 from gigatok_jax.checkpoint import Checkpointer
-from gigatok_jax.hub import bundle
+from gigatok_jax.hub import bundle, stablehlo
 
 WEIGHTS = ("auto", "ema", "raw")
 
@@ -69,6 +69,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.", required=True)
     flags.DEFINE_string("bundle", None, "Folder to write.", required=True)
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+    flags.DEFINE_bool("stablehlo", False, "Add the programs that run without this package.")
     flags.DEFINE_enum("weights", "auto", WEIGHTS, "Averaged or raw weights; auto: averaged where the run kept them.")
 
 
@@ -79,9 +80,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be taken by the run
     try:
-        content = export(Path(options.checkpoint), Path(options.bundle), step=options.step, weights=options.weights)
-    except (ValueError, OSError) as error:
+        folder = Path(options.bundle).expanduser()
+        content = export(Path(options.checkpoint), folder, step=options.step, weights=options.weights)
+        programs = stablehlo.write(folder, content["kind"], content["section"]) if options.stablehlo else []
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    for path in programs:
+        print(path)
     shown = {"bundle": options.bundle, "kind": content["kind"], "hash": content["hash"]}
     print(json.dumps({**shown, "step": content["provenance"]["step"], "weights": content["provenance"]["weights"]}))
 

@@ -21,7 +21,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
     (r"attention/(query|key|value)/bias$", ("heads",)),
     (r"attention/out/kernel$", ("heads", "embed")),
-    (r"mlp/in/kernel$", ("embed", "mlp")),
+    (r"mlp/(in|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/in/bias$", ("mlp",)),
     (r"mlp/out/kernel$", ("mlp", "embed")),
     (r"distill/layer\d/kernel$", ("embed", "mlp")),
@@ -32,6 +32,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/project/kernel$", (None, None, "embed", None)),
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
+    (r"(id|class)_embed/embedding$", (None, "embed")),
+    (r"generator/head/kernel$", ("embed", "mlp")),
+    (r"generator/.*modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"_pos$", (None, "embed")),
     (r"codebook$", ("codes", None)),
 )

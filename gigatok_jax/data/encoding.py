@@ -61,8 +61,7 @@ def encode_shards(
     out.mkdir(parents=True, exist_ok=True)
     plan = _plan(source, views, tokenizer, made_from, shard_records)
     check_same(out, plan)
-    if process[0] == 0:
-        write_json(out / UNFINISHED, plan)
+    write_json(out / UNFINISHED, plan)  # by every process, since any may be the first
     done = 0
     for number in range(process[0], plan["num_shards"], process[1]):
         span = range(number * shard_records, min((number + 1) * shard_records, len(source)))

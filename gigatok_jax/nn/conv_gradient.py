@@ -58,7 +58,8 @@ def conv_general_dilated(
 def patches_are_faster(image_BHWC: tuple[int, ...], kernel_HWIO: tuple[int, ...]) -> bool:
     """Whether a 3×3 kernel's gradient is faster by patches on a CPU, by the shapes alone."""
     wide = kernel_HWIO[:2] == (3, 3) and min(kernel_HWIO[2:]) >= MIN_CHANNELS
-    return wide and math.prod(image_BHWC) >= MIN_ENTRIES
+    entries = math.prod(image_BHWC)
+    return wide and isinstance(entries, int) and entries >= MIN_ENTRIES  # no number: a program of any batch
 
 
 def _plain(image_BHWC: jax.Array, kernel_HWIO: jax.Array) -> jax.Array:

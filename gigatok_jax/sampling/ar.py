@@ -38,9 +38,10 @@ def generate(
     params: Any,
     class_B: jax.Array,
     keys_B: jax.Array,
-    scales: np.ndarray,
+    scales: np.ndarray | jax.Array,
     draw: Draw = PLAIN,
     dtype: Any = jnp.float32,
+    guided: int | None = None,
 ) -> jax.Array:
     """(B, K) int32 ids, one sequence per class.
 
@@ -52,10 +53,12 @@ def generate(
       class_B: int32; `model.num_classes` is the null class.
       keys_B: one random key per sequence.
       scales: (K,) from `guidance.scales`; which are 1 at the end is static.
+      guided: ids that the null class runs beside, where the scales are not known yet.
       dtype: of the weights and the cache; the drawing is float32.
     """
-    batch, K = len(class_B), model.num_latent_tokens
-    guided = int(np.max(np.flatnonzero(np.asarray(scales) != 1), initial=-1)) + 1
+    batch, K = class_B.shape[0], model.num_latent_tokens
+    if guided is None:
+        guided = int(np.max(np.flatnonzero(np.asarray(scales) != 1), initial=-1)) + 1
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     stack = {**params["stack"], "layers": unstacked(params["stack"]["layers"], model.stack.depth)}
     params = {**params, "stack": stack}
@@ -63,17 +66,17 @@ def generate(
 
     def body(carry: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         (ids_B, caches), (position, scale) = carry, numbered
-        classes = rows[: len(caches[0].k_BNGE)]
-        both = jnp.tile(ids_B, len(classes) // batch)
+        doubled = caches[0].k_BNGE.shape[0] != batch
+        classes, both = (rows, jnp.concatenate([ids_B, ids_B])) if doubled else (class_B, ids_B)
         logits, caches = model.apply({"params": params}, both, classes, caches, position, method="step")
-        if len(classes) > batch:
+        if doubled:
             null_BV = logits[batch:]
             logits = null_BV + scale * (logits[:batch] - null_BV)
         ids_B = drawn(logits, jax.vmap(jax.random.fold_in, (0, None))(keys_B, position), draw)
         return (ids_B, caches), ids_B
 
     positions, scales = jnp.arange(K), jnp.asarray(scales, jnp.float32)
-    carry = jnp.zeros((batch,), jnp.int32), model.caches(len(rows), dtype)
+    carry = jnp.zeros((batch,), jnp.int32), model.caches(rows.shape[0], dtype)
     (ids_B, caches), guided_ids = jax.lax.scan(body, carry, (positions[:guided], scales[:guided]))
     carry = ids_B, jax.tree.map(lambda leaf: leaf[:batch], caches)
     _, free_ids = jax.lax.scan(body, carry, (positions[guided:], scales[guided:]))

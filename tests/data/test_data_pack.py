@@ -79,7 +79,7 @@ pack(ImageFolder({str(folder.root)!r}), {str(tmp_path / "parts")!r}, made_from={
 
 
 def test_stopped_while_the_first_shard_is_written_down(folder, tmp_path, monkeypatch):
-    real = packing._write_json
+    real = packing.write_json
 
     def full(path, content):
         if content["shards"]:
@@ -87,7 +87,7 @@ def test_stopped_while_the_first_shard_is_written_down(folder, tmp_path, monkeyp
         real(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(packing, "_write_json", full)
+        patch.setattr(packing, "write_json", full)
         pack(folder, tmp_path / "parts", made_from={}, shard_records=4)
     assert [path.name for path in (tmp_path / "parts").glob("*.array_record")], "the shard has its name already"
     for out in ("parts", "whole"):

@@ -1,0 +1,1 @@
+"""What `gigatok_jax.benchmark` times: training steps, encoding, decoding, sampling, input."""

@@ -1,0 +1,73 @@
+"""A bundle's programs as `jax.export` artefacts, which run without this package.
+
+    import jax, safetensors.numpy
+    program = jax.export.deserialize(open("bundle/tokenize.stablehlo", "rb").read())
+    ids = program.call(safetensors.numpy.load_file("bundle/model.safetensors"), images)
+
+`tokenize`: (weights, (b, S, S, 3) uint8) → (b, K) int32.   `detokenize`: (weights, (b, K) int32) → (b, S, S, 3) uint8.
+`sample`: (weights, labels (b,) int32, image numbers (b,) int32, seed () uint32, guidance scales (K,) float32) → (b, K)
+int32, at temperature 1. The batch b is any; weights are the bundle's tensors by name, never part of the program.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from gigatok_jax.evals.reconstruction import to_uint8
+from gigatok_jax.hub import keymap
+from gigatok_jax.hub.bundle import build_model, parameter_shapes
+from gigatok_jax.sampling import ar
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write(folder: Path, kind: str, section: Mapping[str, Any], platforms: tuple[str, ...] = PLATFORMS) -> list[Path]:
+    """Writes `<program>.stablehlo` for every program of a bundle into its folder; returns their paths."""
+    weights = parameter_shapes(kind, section)
+    written = []
+    for name, (program, *inputs) in programs(kind, section).items():
+        exported = export.export(jax.jit(program), platforms=platforms)(weights, *inputs)
+        path = folder / f"{name}.stablehlo"
+        path.write_bytes(exported.serialize())
+        written.append(path)
+    return written
+
+
+def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[..., jax.Array], Any]]:
+    """{name: (function of flat weights and inputs, shapes of the inputs…)}, the batch a symbol."""
+    model = build_model(kind, {**section, "attention": "xla"})  # the fused kernel is of one platform
+    (b,) = export.symbolic_shape("b")
+    K = section["num_latent_tokens"]
+
+    def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def variables(weights: Mapping[str, jax.Array]) -> dict[str, Any]:
+        return {"params": keymap.unflatten(weights)}
+
+    def tokenize(weights: Mapping[str, jax.Array], image_BHWC: jax.Array) -> jax.Array:
+        image = image_BHWC.astype(jnp.float32) / 127.5 - 1
+        return model.apply(variables(weights), image, method="encode")[0].ids_BK
+
+    def detokenize(weights: Mapping[str, jax.Array], ids_BK: jax.Array) -> jax.Array:
+        codes = model.apply(variables(weights), ids_BK, method="lookup")
+        return to_uint8(model.apply(variables(weights), codes, method="decode")[0])
+
+    def sample(
+        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, scales_K: jax.Array
+    ) -> jax.Array:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
+        return ar.generate(model, keymap.unflatten(weights), class_B, keys_B, scales_K, guided=K)
+
+    if kind == "generator":
+        inputs = shape(b), shape(b), shape(dtype=jnp.uint32), shape(K, dtype=jnp.float32)
+        return {"sample": (sample, *inputs)}
+    size = section["image_size"]
+    return {
+        "tokenize": (tokenize, shape(b, size, size, 3, dtype=jnp.uint8)),
+        "detokenize": (detokenize, shape(b, K)),
+    }

@@ -1,0 +1,78 @@
+"""Exported programs: the bundle's ids and pixels, in a process that cannot import this package or flax."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gigatok_jax.hub import bundle, stablehlo
+from gigatok_jax.sampling.pipelines import from_pretrained
+from tests.tiny import tiny_generator, tiny_run
+
+SCRIPT = """
+import sys
+for name in ("gigatok_jax", "flax", "optax", "orbax", "ml_collections"):
+    sys.modules[name] = None
+import jax, numpy as np, safetensors.numpy
+folder, program, given, out = sys.argv[1:]
+weights = safetensors.numpy.load_file(f"{folder}/model.safetensors")
+call = jax.export.deserialize(open(f"{folder}/{program}.stablehlo", "rb").read()).call
+inputs = np.load(given)
+np.save(out, call(weights, *(inputs[name] for name in inputs.files)))
+"""
+
+
+def run(folder, program, tmp_path, *inputs):
+    """The program's output for `inputs`, from another process."""
+    np.savez(tmp_path / "given.npz", *inputs)
+    args = [str(folder), program, str(tmp_path / "given.npz"), str(tmp_path / "out.npy")]
+    subprocess.run([sys.executable, "-c", "import jax.export\n" + SCRIPT, *args], check=True, cwd=tmp_path, timeout=300)
+    return np.load(tmp_path / "out.npy")
+
+
+def saved(folder, kind, section):
+    """A bundle of drawn parameters with its programs."""
+    rng = np.random.default_rng(0)
+    shapes = bundle.parameter_shapes(kind, section)
+    arrays = {name: rng.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
+    bundle.save(folder, kind, section, arrays.__getitem__)
+    return stablehlo.write(folder, kind, section)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    saved(folder, "tokenizer", tiny_run().tokenizer.to_dict())
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_ids_and_pixels_without_this_package(tokenizer, tmp_path, count):
+    ours = from_pretrained(tokenizer)
+    images = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    ids = run(tokenizer, "tokenize", tmp_path, images)
+    np.testing.assert_array_equal(ids, ours.tokenize(images))
+    pixels = run(tokenizer, "detokenize", tmp_path, ids)
+    # 1e-5 of the range is far below one of 255 steps: pixels differ only where a value lies on a step's edge.
+    assert pixels.dtype == np.uint8 and (pixels != ours.detokenize(ids)).mean() < 1e-2
+    assert np.abs(pixels.astype(int) - ours.detokenize(ids)).max() <= 1
+
+
+def test_samples_without_this_package(tmp_path):
+    folder = tmp_path / "generator"
+    saved(folder, "generator", tiny_generator().to_dict())
+    labels, scales = np.array([0, 3, 2], np.int32), np.full((16,), 1.5, np.float32)
+    ids = run(folder, "sample", tmp_path, labels, np.arange(3, dtype=np.int32), np.uint32(7), scales)
+    np.testing.assert_array_equal(ids, from_pretrained(folder).sample(labels, seed=7, scale=1.5))
+
+
+def test_programs_hold_no_weights_and_are_of_every_platform(tokenizer):
+    size = (tokenizer / bundle.WEIGHTS).stat().st_size
+    for path in tokenizer.glob("*.stablehlo"):
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        assert exported.platforms == stablehlo.PLATFORMS
+        assert path.stat().st_size < size + 100_000
+        constants = [line for line in exported.mlir_module().splitlines() if "stablehlo.constant" in line]
+        assert max(map(len, constants), default=0) < 2000
