@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/project/kernel$", (None, None, "embed", None)),
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
-    (r"(id|class)_embed/embedding$", (None, "embed")),
+    (r"id_embed/embedding$", ("codes", None)),
     (r"generator/head/kernel$", ("embed", "mlp")),
     (r"generator/.*modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"_pos$", (None, "embed")),

@@ -145,9 +145,9 @@ def test_every_large_parameter_of_a_generator_is_sharded(ids):
     sizes, preset = MESHES["mixed"]
     mesh = sharding.make_mesh(sizes)
     abstract = train_state.abstract(objectives.build(cfg), optim.make_groups(cfg), 0, mesh, preset)
-    kernels = [(p, x) for p, x in jax.tree_util.tree_leaves_with_path(abstract.params) if x.ndim > 1 and x.size > 500]
-    whole = [sharding.path_name(path) for path, leaf in kernels if leaf.sharding.is_fully_replicated]
-    assert len(kernels) > 10 and whole == []
+    named = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    large = {name: leaf for name, leaf in named.items() if leaf.size > 600}
+    assert len(large) > 8 and [name for name, leaf in large.items() if leaf.sharding.is_fully_replicated] == []
 
 
 def test_weight_decay_spares_norms_and_biases(ids):

@@ -87,5 +87,5 @@ def tiny_generator(**options: object) -> ConfigDict:
     """An AR generator's section: 16 ids of 16, 5 classes."""
     section = config.ar_generator()
     section.update(width=32, depth=3, heads=2, hidden_multiple=16, codebook_size=16, num_latent_tokens=16)
-    section.update(num_classes=5, remat="none", **options)
+    section.update({"num_classes": 5, "remat": "none", **options})
     return section

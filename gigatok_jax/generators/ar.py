@@ -57,7 +57,10 @@ class GPT(nn.Module):
           ((B, K, V) float32, {"layer_3": (B, K, D), …}: outputs of the layers named by `taps`, counted from 1).
         """
         K = ids_BK.shape[1]
-        x_BKD = jnp.concatenate([self.class_embed(class_B)[:, None], self.id_embed(ids_BK[:, :-1])], axis=1)
+        # Without these the partitioner splits channels, and goes from one to the other in the backward pass.
+        first_BD = constrain(self.class_embed(class_B), "batch", "embed")
+        later_BKD = constrain(self.id_embed(ids_BK[:, :-1]), "batch", None, "embed")
+        x_BKD = constrain(jnp.concatenate([first_BD[:, None], later_BKD], axis=1), "batch", None, "embed")
         if self.positions == "learned":
             x_BKD = x_BKD + self.token_pos[:K].astype(self.dtype)
         cond, cond_layers = self._conditions(x_BKD[:, :1])
@@ -88,7 +91,9 @@ class GPT(nn.Module):
         """What modulates the output, and the layers: both read the class with its position."""
         if self.modulation == "none":
             return None, None
-        return first_B1D, self.modulate(nn.silu(first_B1D)) if self.modulation == "shared_adaln" else first_B1D
+        if self.modulation == "adaln":
+            return first_B1D, first_B1D
+        return first_B1D, constrain(self.modulate(nn.silu(first_B1D)), "batch", None, "embed")
 
     def _rope(self) -> jax.Array | None:
         if self.positions == "learned":
@@ -99,7 +104,8 @@ class GPT(nn.Module):
     def _logits(self, x_BND: jax.Array, cond_B1D: jax.Array | None) -> jax.Array:
         x_BND = self.norm_out(x_BND)
         if cond_B1D is not None:
-            x_BND = modulated(x_BND, *jnp.split(self.modulate_out(nn.silu(cond_B1D)), 2, axis=-1))
+            both = constrain(self.modulate_out(nn.silu(cond_B1D)), "batch", None, "embed")
+            x_BND = modulated(x_BND, *jnp.split(both, 2, axis=-1))
         return self.head(x_BND).astype(jnp.float32)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.attention import attend
+from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, position_table, small_normal
 
 MODULATIONS = ("none", "adaln", "shared_adaln")
@@ -138,7 +139,7 @@ class CausalLayer(nn.Module):
 
     def _modulations(self, cond: jax.Array | None) -> list[jax.Array | None]:
         if self.modulation == "adaln":
-            return jnp.split(self.modulate(nn.silu(cond)), 6, axis=-1)
+            return jnp.split(constrain(self.modulate(nn.silu(cond)), "batch", None, "embed"), 6, axis=-1)
         if self.modulation == "shared_adaln":
             return jnp.split(cond + self.modulation_table.reshape(-1).astype(self.dtype), 6, axis=-1)
         return [None] * 6
