@@ -82,9 +82,9 @@ class GPT(nn.Module):
         x_B1D, caches = self.stack.step(x_BD[:, None], caches, position, cond_layers, rope)
         return self._logits(x_B1D, cond)[:, 0], caches
 
-    def caches(self, batch: int, dtype: Any) -> list[Cache]:
-        """Empty caches for `batch` sequences, one per layer."""
-        shape = (batch, self.num_latent_tokens, self.stack.num_heads, self.width // self.stack.num_heads)
+    def caches(self, batch: int, length: int, dtype: Any) -> list[Cache]:
+        """Empty caches for `batch` sequences of `length` positions, one per layer."""
+        shape = (batch, self.stack.num_heads, length, self.width // self.stack.num_heads)
         return [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.stack.depth)]
 
     def _conditions(self, first_B1D: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:

@@ -35,6 +35,20 @@ def attend(
     )
 
 
+def attend_cached(q_BGE: jax.Array, k_BGNE: jax.Array, v_BGNE: jax.Array, seen_N: jax.Array) -> jax.Array:
+    """What `attend` gives for one query, over keys and values that lie head by head; returns (B, G, E).
+
+    In that order each head's rows are read as they lie; `attend`'s order would be transposed at every position.
+
+    Args:
+      seen_N: boolean; False is not attended to.
+    """
+    scale = q_BGE.shape[-1] ** -0.5
+    logits_BGN = jnp.einsum("bge,bgne->bgn", q_BGE, k_BGNE, preferred_element_type=jnp.float32) * scale
+    weights_BGN = jax.nn.softmax(jnp.where(seen_N, logits_BGN, -jnp.inf), axis=-1)
+    return jnp.einsum("bgn,bgne->bge", weights_BGN.astype(v_BGNE.dtype), v_BGNE)
+
+
 class MultiHeadAttention(nn.Module):
     """Attention of queries (B, Q, D) over keys and values (B, N, D), with biased projections.
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.nn.attention import attend
+from gigatok_jax.nn.attention import attend, attend_cached
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, position_table, small_normal
 
@@ -14,10 +14,10 @@ MODULATIONS = ("none", "adaln", "shared_adaln")
 
 
 class Cache(NamedTuple):
-    """Keys and values (B, N, G, E) of one layer, of which positions below the next one are written."""
+    """Keys and values (B, G, N, E) of one layer, of which positions below the next one are written."""
 
-    k_BNGE: jax.Array
-    v_BNGE: jax.Array
+    k_BGNE: jax.Array
+    v_BGNE: jax.Array
 
 
 def rms_norm(dtype: Any, name: str | None = None) -> nn.RMSNorm:
@@ -84,13 +84,12 @@ class CausalAttention(nn.Module):
         self, x_B1D: jax.Array, rope: jax.Array | None, cache: Cache, position: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """One position; `rope` is its row (1, E/2, 2)."""
-        q, *new = self._heads(x_B1D, rope)
-        k, v = (
-            jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), position, 1) for old, x in zip(cache, new)
-        )
-        seen = (jnp.arange(k.shape[1]) <= position)[None, None, None]
-        attended = attend(q.astype(k.dtype), k, v, mask=seen).astype(self.dtype)
-        return self.out(attended.reshape(x_B1D.shape)), Cache(k, v)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in self._heads(x_B1D, rope))
+        put = jax.lax.dynamic_update_slice_in_dim
+        cache = Cache(*(put(old, new.astype(old.dtype), position, 2) for old, new in zip(cache, (k, v))))
+        seen_N = jnp.arange(cache.k_BGNE.shape[2]) <= position
+        attended = attend_cached(q[:, :, 0].astype(cache.k_BGNE.dtype), *cache, seen_N).astype(self.dtype)
+        return self.out(attended.reshape(x_B1D.shape)), cache
 
 
 class SwiGlu(nn.Module):

@@ -1,5 +1,6 @@
 """Sampling of ids from an autoregressive generator: one program for all positions."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.generators.ar import GPT
+from gigatok_jax.nn.causal import Cache
 from gigatok_jax.nn.transformer import unstacked
 
 
@@ -31,6 +33,8 @@ class Draw(NamedTuple):
 
 
 PLAIN = Draw()
+# Positions between two sizes of the cache: all of it is read at every position, written or not.
+SEGMENT = 64
 
 
 def generate(
@@ -66,7 +70,7 @@ def generate(
 
     def body(carry: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         (ids_B, caches), (position, scale) = carry, numbered
-        doubled = caches[0].k_BNGE.shape[0] != batch
+        doubled = caches[0].k_BGNE.shape[0] != batch
         classes, both = (rows, jnp.concatenate([ids_B, ids_B])) if doubled else (class_B, ids_B)
         logits, caches = model.apply({"params": params}, both, classes, caches, position, method="step")
         if doubled:
@@ -75,12 +79,23 @@ def generate(
         ids_B = drawn(logits, jax.vmap(jax.random.fold_in, (0, None))(keys_B, position), draw)
         return (ids_B, caches), ids_B
 
-    positions, scales = jnp.arange(K), jnp.asarray(scales, jnp.float32)
-    carry = jnp.zeros((batch,), jnp.int32), model.caches(rows.shape[0], dtype)
-    (ids_B, caches), guided_ids = jax.lax.scan(body, carry, (positions[:guided], scales[:guided]))
-    carry = ids_B, jax.tree.map(lambda leaf: leaf[:batch], caches)
-    _, free_ids = jax.lax.scan(body, carry, (positions[guided:], scales[guided:]))
-    return jnp.concatenate([guided_ids, free_ids]).T
+    ids_B, caches, parts = jnp.zeros((batch,), jnp.int32), model.caches(rows.shape[0], 0, dtype), []
+    bounds = sorted({*range(0, K, SEGMENT), guided, K})
+    for first, last in itertools.pairwise(bounds):
+        numbered = jnp.arange(first, last), jnp.asarray(scales[first:last], jnp.float32)
+        held = batch if first >= guided else rows.shape[0]
+        (ids_B, caches), ids = jax.lax.scan(body, (ids_B, resized(caches, held, last)), numbered)
+        parts.append(ids)
+    return jnp.concatenate(parts).T
+
+
+def resized(caches: list[Cache], batch: int, length: int) -> list[Cache]:
+    """The first `batch` rows of caches, with room for `length` positions."""
+
+    def resize(leaf: jax.Array) -> jax.Array:
+        return jnp.pad(leaf[:batch], ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0)))
+
+    return jax.tree.map(resize, caches)
 
 
 def drawn(logits_BV: jax.Array, keys_B: jax.Array, draw: Draw) -> jax.Array:

@@ -74,7 +74,7 @@ def test_cached_positions_are_those_of_the_whole_sequence(form):
     model, params = model_and_params(form)
     ids, classes = sequences()
     want, _ = model.apply({"params": params}, ids, classes)
-    caches, got, step = model.caches(3, jnp.float32), [], jax.jit(functools.partial(model.apply, method="step"))
+    caches, got, step = model.caches(3, K, jnp.float32), [], jax.jit(functools.partial(model.apply, method="step"))
     for position in range(K):
         before = ids[:, max(position - 1, 0)]
         logits, caches = step({"params": params}, before, classes, caches, position)
@@ -117,7 +117,8 @@ def test_ids_are_drawn_from_the_guided_distribution():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "rectangular"])
-def test_the_null_class_is_left_out_only_where_nothing_guides_any_more(schedule):
+def test_the_null_class_is_left_out_only_where_nothing_guides_any_more(schedule, monkeypatch):
+    monkeypatch.setattr(sampling, "SEGMENT", 6)
     # Against full passes over both classes at every position.
     model, params = model_and_params("plain")
     rows, scales = [0, 1, 2], guidance.scales(schedule, 3.0, K, end=0.6)
