@@ -6,7 +6,8 @@
     python -m gigatok_jax.encode --bundle=bundles/emoji --source=emoji --split=eval --out=tokens/emoji/eval
     python -m gigatok_jax.train --config=configs/emoji_ar.py --workdir=runs/emoji-ar
 
-Hardware: 2 CPU cores. Expected result: not yet measured.
+Hardware: 2 CPU cores, 6.5 minutes. Expected result (seed 0) on 322 held-out emoji: 3.34 nats per id, where each
+position's own distribution of training ids gives 5.60.
 """
 
 from ml_collections import ConfigDict
