@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from gigatok_jax import data, distributed, sharding
+from gigatok_jax import data, distributed, process_flags, sharding
 from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.views import VIEWS, Views
 from gigatok_jax.hub import bundle
@@ -42,7 +42,7 @@ def encode_set(
       ValueError, OSError: as `data.encoding.encode_shards`.
     """
     process = jax.process_index(), jax.process_count()
-    mine = len(source) // process[1] or 1
+    mine = -(-len(source) // process[1])
     stream = None if distributed.is_main() else io.StringIO()
     progress = Progress(mine, global_batch=views.count, warmup_updates=1, window=500, stream=stream)
     told = 0
@@ -87,9 +87,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("shard_records", 1024, "Records of the source per shard.", lower_bound=1)
     flags.DEFINE_integer("num_threads", 8, "Threads that read and decode.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the tokenizer's arithmetic.")
-    flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is.")
+    process_flags.define()
 
 
 def run() -> dict[str, Any]:
@@ -98,7 +96,8 @@ def run() -> dict[str, Any]:
     tokenizer = TokenizerPipeline(bundle.load(FLAGS.bundle, "tokenizer"), dtype=FLAGS.dtype, mesh=mesh)
     size = tokenizer.model.image_size
     source = data.make_source(FLAGS.source, root=FLAGS.root or None, split=FLAGS.split)
-    made_from = {"source": FLAGS.source, "split": FLAGS.split, "root": os.path.realpath(os.path.expanduser(FLAGS.root))}
+    root = os.path.realpath(os.path.expanduser(FLAGS.root))
+    made_from = {"source": FLAGS.source, "split": FLAGS.split, "root": root, "dtype": FLAGS.dtype}
     if FLAGS.tiles:
         source, made_from = data.Tiles(source, size, FLAGS.tiles), {**made_from, "tiles": FLAGS.tiles}
     names = ("crop", "num_views", "flip", "permute_channels", "crop_range", "seed")
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     logging.set_verbosity(logging.WARNING)
     try:
-        distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        process_flags.join()
         facts = run()
     except (ValueError, OSError, ImportError, RuntimeError, data.BadRecord) as error:
         logging.debug("while encoding", exc_info=True)

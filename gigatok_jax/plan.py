@@ -43,6 +43,16 @@ def tokenizer_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return jax.eval_shape(lambda image: tokenizer.init(jax.random.key(0), image), _image(cfg))["params"]
 
 
+def generator_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A generator's parameters as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: for sizes that cannot work.
+    """
+    objective = objectives.build({**cfg, "generator": {**cfg["generator"], "attention": "xla"}})
+    return jax.eval_shape(objective.init, jax.random.key(0))[0]["generator"]
+
+
 def discriminator_params(cfg: Mapping[str, Any]) -> int:
     """Trained parameters of the discriminator, 0 where the run has none.
 
@@ -93,11 +103,17 @@ def parameter_table(params: Any, depth: int = 2) -> str:
 
 
 def plan_params(cfg: Mapping[str, Any], depth: int = 2) -> tuple[str, dict[str, Any]]:
-    """(table, {"params", "by_part", "discriminator"}) of a config.
+    """(table, {"params", "by_part"}) of a config; of a tokenizer's also {"discriminator"}.
 
     Raises:
       ValueError: for a config that cannot be built.
     """
+    if cfg["objective"] == "ar":
+        params = generator_shapes(cfg)
+        return parameter_table(params, depth), {
+            "params": count(params),
+            "by_part": {name: count(part) for name, part in params.items()},
+        }
     params = tokenizer_shapes(cfg)
     facts = {"params": count(params), "by_part": by_part(params), "discriminator": discriminator_params(cfg)}
     return parameter_table(params, depth), facts
@@ -109,7 +125,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Called only where this module is the program, so that importing it leaves other programs' flags alone."""
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:xl-xxl.", lock_config=True)
-    flags.DEFINE_bool("params", False, "Print the tokenizer's parameters.")
+    flags.DEFINE_bool("params", False, "Print the parameters of the tokenizer or generator.")
     flags.DEFINE_integer("depth", 2, "Names of a module path that make a row of the table.", lower_bound=1)
     flags.mark_flag_as_required("config")
 

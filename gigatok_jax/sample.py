@@ -22,7 +22,8 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from gigatok_jax import distributed, sharding
+from gigatok_jax import distributed, process_flags, sharding
+from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.hub import bundle
 from gigatok_jax.metrics import Progress
@@ -86,7 +87,7 @@ def sample_images(
     if path.is_file() and (old := json.loads(path.read_text())) != asked:
         differing = sorted(name for name in old.keys() | asked.keys() if old.get(name) != asked.get(name))
         raise ValueError(f"{out} has images of another {', '.join(differing)}: give another --out, or delete this one")
-    path.write_text(json.dumps(asked) + "\n")
+    write_json(path, asked)  # by every process: whole, whichever comes last
     stream = None if process[0] == 0 else io.StringIO()
     starts = range(process[0] * batch, len(labels), process[1] * batch)
     progress = Progress(len(starts), global_batch=batch, warmup_updates=1, stream=stream)
@@ -141,9 +142,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw among the k best ids; 0: all.", lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "Draw among the best ids of this probability.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the generator's weights and cache.")
-    flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is.")
+    process_flags.define()
 
 
 def run() -> dict[str, Any]:
@@ -172,7 +171,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     logging.set_verbosity(logging.WARNING)
     try:
-        distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        process_flags.join()
         facts = run()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         logging.debug("while sampling", exc_info=True)

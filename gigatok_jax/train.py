@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gigatok_jax import distributed
+from gigatok_jax import process_flags
 from gigatok_jax.data import NoUsableImages
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import NonFiniteRun, Run
@@ -50,9 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, pictures, report.")
     flags.DEFINE_bool("allow_config_change", False, "Resume although the checkpoint's config computes something else.")
     flags.DEFINE_integer("preemption_code", 0, "Exit status after SIGTERM, for schedulers that requeue on one.")
-    flags.DEFINE_string("coordinator", None, "host:port of process 0 for several processes, or 'auto' on a cluster.")
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is.")
+    process_flags.define()
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -67,7 +65,7 @@ def main(argv: list[str]) -> None:
     # Until there is a run, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(options.preemption_code))
     try:
-        distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+        process_flags.join()
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     resume = {"allow_config_change": options.allow_config_change, "preemption_code": options.preemption_code}

@@ -110,9 +110,12 @@ def test_unigram_entropy_is_that_of_each_positions_ids():
     rng = np.random.default_rng(0)
     train_ids = np.stack([rng.integers(0, 4, 50_000), rng.integers(4, 6, 50_000)], axis=1)
     held_out = np.stack([rng.integers(0, 4, 5_000), rng.integers(4, 6, 5_000)], axis=1)
-    got = unigram_entropy(train_ids, held_out, 64)
-    assert abs(got - 0.5 * (np.log(4) + np.log(2))) < 2e-3
-    assert unigram_entropy(train_ids[:3], held_out, 64) < np.log(64)  # an id never seen costs a finite amount
+
+    def counts(ids):
+        return np.stack([np.bincount(column, minlength=64) for column in ids.T])
+
+    assert abs(unigram_entropy(counts(train_ids), held_out) - 0.5 * (np.log(4) + np.log(2))) < 2e-3
+    assert unigram_entropy(counts(train_ids[:3]), held_out) < np.log(64)  # an id never seen costs a finite amount
 
 
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
@@ -157,6 +160,14 @@ def test_weight_decay_spares_norms_and_biases(ids):
     spared = [sharding.path_name(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays]
     assert spared and all(name.rsplit("/", 1)[1] in ("scale", "bias") for name in spared)
     assert sum(jax.tree.leaves(mask)) == len(jax.tree.leaves(mask)) - len(spared)
+
+
+def test_pictures_are_no_ids(ids, tmp_path):
+    for field in ("source", "eval_source"):
+        cfg = ar_run(ids).copy_and_resolve_references().unlock()
+        cfg.data[field] = "photographs"
+        with pytest.raises(ValueError, match=rf"set --config\.data\.{field}=tokens"):
+            run.Run(cfg, tmp_path / "run")
 
 
 def test_ids_of_another_tokenizer_or_size_are_refused(ids, tmp_path):

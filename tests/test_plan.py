@@ -37,6 +37,13 @@ def test_small_by_part_and_module():
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
+def test_generators_are_counted():
+    _, facts = plan.plan_params(config_module("ar").get_config("xxl"))
+    assert facts["params"] == sum(facts["by_part"].values()) == 1_411_367_424
+    done = run_plan("--config=configs/ar.py:b", "--params")
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["params"] == 111_085_824
+
+
 def test_the_largest_is_counted_without_allocating():
     cfg = config_module("gigatok").get_config("xl-xxl")
     before = len(jax.live_arrays())

@@ -1,6 +1,6 @@
 """How well a generator predicts held-out ids, beside what is known of them without one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,11 @@ class LikelihoodEvaluator:
     def __init__(self, cfg: Mapping[str, Any], objective: ARObjective, mesh: Mesh, train: data.TokenSet):
         section = cfg["data"]
         held_out = data.make_source(section["eval_source"], root=section["eval_root"] or None, split="eval")
+        if getattr(held_out, "tokenizer", None) is None:
+            raise ValueError(
+                f"config.data.eval_source={section['eval_source']} gives pictures, a generator is scored on ids: "
+                "encode them with `python -m gigatok_jax.encode` and set --config.data.eval_source=tokens"
+            )
         if held_out.tokenizer != train.tokenizer:
             raise ValueError(
                 f"config.data.eval_root={section['eval_root']!r} was encoded with another tokenizer "
@@ -43,9 +48,16 @@ class LikelihoodEvaluator:
                 f"set --config.eval.num_images={len(held_out)}"
             )
         self.bad_records: dict[str, str] = {}
-        self._ids, self._classes = self._read(held_out, count)
-        fitted, _ = self._read(train, min(FITTED, len(train)), every_crop=True)
-        self._unigram = unigram_entropy(fitted, self._ids, objective.generator.codebook_size)
+        records = list(self._records(held_out, count))
+        if not records:
+            raise ValueError(f"none of {count} encoded pictures can be read; the first: {self.bad_records}")
+        self._ids = np.stack([record.ids_RK[0] for record in records])
+        self._classes = np.array([record.label for record in records], np.int32)
+        model = objective.generator
+        counts_KV = np.zeros((model.num_latent_tokens, model.codebook_size))
+        for record in self._records(train, min(FITTED, len(train))):
+            np.add.at(counts_KV, (np.arange(len(counts_KV))[None], record.ids_RK), 1)
+        self._unigram = unigram_entropy(counts_KV, self._ids)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-min(cfg["eval"]["batch"], count) // shards) * shards
         self._mesh = mesh
@@ -69,33 +81,26 @@ class LikelihoodEvaluator:
         scores = {"ar_val_loss": loss, "ar_val_accuracy": accuracy, "unigram_entropy": self._unigram}
         return {**scores, "num_images": len(self._ids)}, None
 
-    def _read(self, source: data.TokenSet, count: int, every_crop: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, classes) of `count` evenly spaced records; bad ones are named and left out."""
-        ids, classes = [], []
+    def _records(self, source: data.TokenSet, count: int) -> Iterator[data.TokenRecord]:
+        """`count` evenly spaced records; bad ones are named and left out."""
         for index in (j * len(source) // count for j in range(count)):
             try:
-                record = source[index]
+                yield source[index]
             except data.BadRecord as error:
                 self.bad_records[error.name] = error.reason
-                continue
-            rows = record.ids_RK if every_crop else record.ids_RK[:1]
-            ids.extend(rows)
-            classes.extend([record.label] * len(rows))
-        if not ids:
-            raise ValueError(f"none of {count} encoded pictures can be read; the first: {self.bad_records}")
-        return np.stack(ids), np.array(classes, np.int32)
 
 
-def unigram_entropy(train_NK: np.ndarray, held_out_MK: np.ndarray, codebook_size: int) -> float:
+def unigram_entropy(counts_KV: np.ndarray, held_out_MK: np.ndarray) -> float:
     """Cross-entropy (nats per id) of held-out ids under the training ids' distribution at each position.
 
     Each position's counts are smoothed towards the distribution over all positions, and that towards a uniform one;
     how much is chosen on the held-out ids themselves, so that nothing of the kind does better.
+
+    Args:
+      counts_KV: how often each id stands at each position of the training ids.
     """
-    K = train_NK.shape[1]
-    counts_KV = np.stack([np.bincount(train_NK[:, k], minlength=codebook_size) for k in range(K)]).astype(np.float64)
-    everywhere_V = (counts_KV.sum(0) + 1) / (counts_KV.sum() + codebook_size)
-    positions, total = np.arange(K)[None], len(train_NK)
-    seen_MK, common_MK = counts_KV[positions, held_out_MK], everywhere_V[held_out_MK]
-    weights = [share * codebook_size for share in SMOOTHING]
+    K, V = counts_KV.shape
+    everywhere_V = (counts_KV.sum(0) + 1) / (counts_KV.sum() + V)
+    seen_MK, common_MK = counts_KV[np.arange(K)[None], held_out_MK], everywhere_V[held_out_MK]
+    total, weights = counts_KV[0].sum(), [share * V for share in SMOOTHING]
     return float(min(-np.log((seen_MK + w * common_MK) / (total + w)).mean() for w in weights))

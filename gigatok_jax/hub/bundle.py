@@ -70,10 +70,11 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
     model = build_model(kind, {**section, "attention": "xla"})
+    # Shapes alone: sizes that nobody has checked yet must not take memory.
     if kind == "tokenizer":
-        inputs = [jnp.zeros((1, section["image_size"], section["image_size"], 3))]
+        inputs = [jax.ShapeDtypeStruct((1, section["image_size"], section["image_size"], 3), jnp.float32)]
     else:
-        inputs = [jnp.zeros((1, section["num_latent_tokens"]), jnp.int32), jnp.zeros((1,), jnp.int32)]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, section["num_latent_tokens"]), (1,))]
     shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x), *inputs)["params"]
     return dict(sorted(keymap.flatten(shapes).items()))
 
@@ -87,13 +88,14 @@ def save(
     class_names: tuple[str, ...] = (),
     tokenizer: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Writes a bundle, one tensor at a time; returns what `config.json` holds.
 
     Args:
       kind, section, class_names, tokenizer, provenance: as in `Bundle`.
       read: the float32 parameter of a path such as "encoder/cnn/conv_in/kernel".
+      on_tensor: told how many tensors are written, of how many.
 
     Raises:
       ValueError: a section that cannot be built, or a parameter of another shape.
@@ -224,13 +226,13 @@ def _read_weights(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dic
 
 def _downloaded(address: str) -> Path:
     """Fetches a bundle's two files of a Hugging Face repository."""
+    name, _, revision = address.removeprefix("hf://").partition("@")
+    if name.count("/") != 1:
+        raise ValueError(f"{address} should read hf://owner/name or hf://owner/name@revision")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError(f"{address} needs the package huggingface_hub: pip install huggingface_hub") from None
-    name, _, revision = address.removeprefix("hf://").partition("@")
-    if name.count("/") != 1:
-        raise ValueError(f"{address} should read hf://owner/name or hf://owner/name@revision")
     folder = Path("~/.cache/gigatok_jax/bundles").expanduser() / f"{name.replace('/', '--')}@{revision or 'main'}"
     # A folder of its own: in the hub's cache the files are links that leave theirs.
     return Path(snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=[CONFIG, WEIGHTS]))

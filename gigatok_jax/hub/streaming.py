@@ -17,14 +17,17 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"
 
 
 def write_streamed(
-    path: Path, shapes: Mapping[str, Any], read: Callable[[str], np.ndarray], on_tensor: Callable[[str], None] = print
+    path: Path,
+    shapes: Mapping[str, Any],
+    read: Callable[[str], np.ndarray],
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Writes a file under another name, renames it when it is whole, and returns its SHA-256.
 
     Args:
       shapes: name → anything with `shape` and `dtype`.
       read: gives the tensor of a name; called once for each, in order.
-      on_tensor: told each name when it is written.
+      on_tensor: told how many tensors are written, of how many.
     Raises:
       ValueError: a dtype that the form does not have here, or a tensor that is not as announced.
       OSError: the file cannot be written; nothing is left at `path`.
@@ -47,14 +50,14 @@ def write_streamed(
                 digest.update(data)
 
             put(len(text).to_bytes(8, "little") + text)
-            for name, leaf in shapes.items():
+            for done, (name, leaf) in enumerate(shapes.items(), 1):
                 tensor = np.ascontiguousarray(read(name))
                 if tensor.shape != tuple(leaf.shape) or tensor.dtype != leaf.dtype:
                     raise ValueError(
                         f"{name} is {tensor.dtype}{list(tensor.shape)}, announced as {leaf.dtype}{list(leaf.shape)}"
                     )
                 put(tensor.reshape(-1).view(np.uint8))
-                on_tensor(name)
+                on_tensor(done, len(shapes))
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -28,7 +28,12 @@ class ARObjective(NamedTuple):
         Raises:
           ValueError: naming the config's field and what it should be.
         """
-        model, made = self.generator, source.tokenizer
+        model, made = self.generator, getattr(source, "tokenizer", None)
+        if made is None:
+            raise ValueError(
+                "a generator is trained on ids, and config.data.source gives pictures: encode them with "
+                "`python -m gigatok_jax.encode` and set --config.data.source=tokens"
+            )
         wanted = {"codebook_size": made["codebook_size"], "num_latent_tokens": made["num_latent_tokens"]}
         for field, value in wanted.items():
             if getattr(model, field) != value:

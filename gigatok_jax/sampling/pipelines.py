@@ -15,6 +15,7 @@ from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import frozen
 from gigatok_jax.hub.bundle import Bundle, load
 from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.objectives.tokenizer import to_unit_range
 from gigatok_jax.sampling import ar, guidance
 
 
@@ -72,8 +73,7 @@ class TokenizerPipeline(_Pipeline):
             raise ValueError(f"images are {list(images.shape)}, this tokenizer takes [B, {size}, {size}, 3]: crop them")
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images are {images.dtype}; uint8, or float in [0, 1], is wanted")
-        images = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else 2 * images.astype(np.float32) - 1
-        placed, count = self._placed(images.astype(np.float32))
+        placed, count = self._placed(images if images.dtype == np.uint8 else 2 * images.astype(np.float32) - 1)
         return np.asarray(self._encode(self.params, placed))[:count]
 
     def detokenize(self, ids: Any, *, float_images: bool = False) -> np.ndarray:
@@ -93,7 +93,10 @@ class TokenizerPipeline(_Pipeline):
 
     @functools.cached_property
     def _encode(self) -> Any:
-        return self._jit(lambda params, x: self.model.apply({"params": params}, x, method="encode")[0].ids_BK)
+        def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
+            return self.model.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0].ids_BK
+
+        return self._jit(encode)
 
     def _decode(self, params: Any, ids_BK: jax.Array) -> jax.Array:
         codes = self.model.apply({"params": params}, ids_BK, method="lookup")
