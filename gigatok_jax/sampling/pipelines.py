@@ -42,7 +42,8 @@ class _Pipeline:
         self.bundle, self.dtype = bundle, jnp.dtype(dtype)
         self.model = bundle.model(dtype)
         self.mesh = mesh or sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
-        self.params = frozen.place(bundle.params, self.mesh, "fsdp")
+        # By the name of its group, as in training: the table's rules know a generator by it.
+        self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
 
     def _placed(self, rows: np.ndarray) -> tuple[jax.Array, int]:
         """(rows over the devices, filled up with copies of the last one; how many are real)."""

@@ -14,6 +14,7 @@ import gigatok_jax
 from gigatok_jax import config, export, optim, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, keymap
+from gigatok_jax.sampling.pipelines import GeneratorPipeline
 from tests.steps import tiny_objective
 from tests.tiny import tiny_generator
 
@@ -206,6 +207,9 @@ def test_a_generator_samples_from_its_bundle(tmp_path):
     bundle.save(tmp_path, "generator", section, arrays.__getitem__, tokenizer=facts, class_names=("a", "b"))
     generator = gigatok_jax.from_pretrained(tmp_path)
     assert generator.bundle.tokenizer == facts
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    head = GeneratorPipeline(generator.bundle, mesh=mesh).params["head"]["kernel"]
+    assert not head.sharding.is_fully_replicated
     whole = generator.sample([1, 2, 0, 4, 1, 1, 2, 3], seed=3, scale=2.0)
     np.testing.assert_array_equal(generator.sample([4, 1, 1], seed=3, scale=2.0, first=3), whole[3:6])
     assert (generator.sample([1] * 8, seed=4, scale=2.0) != whole).any()
