@@ -279,8 +279,9 @@ def test_killed_while_saving_the_step_before_is_restored(tmp_path, when):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), when], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "2").exists(), "the save was over before the kill: make the state larger"
-    left = [p.name for p in tmp_path.iterdir() if p.name.startswith("2")]
-    assert left, "the save had not begun"
+    if when == "writing":
+        left = [p.name for p in tmp_path.iterdir() if p.name.startswith("2")]
+        assert left, "the save had not begun"
     state = {"w": jax.random.bits(jax.random.key(1), (1 << 22,)), "step": jnp.int32(1)}
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         assert checkpointer.latest_step() == 1

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from gigatok_jax.hub import teachers
 
+pytestmark = pytest.mark.parity
 # lin0 … lin4 of lpips 0.1.4, weights/v0.1/{vgg,alex}.pth: the SHA-256 of their float32 bytes in order.
 PUBLISHED = {
     "vgg16": "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78",

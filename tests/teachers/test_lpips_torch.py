@@ -18,7 +18,7 @@ from gigatok_jax.losses.perceptual import lpips
 from gigatok_jax.teachers.convnet import SCALE, SHIFT
 from tests.compare import assert_close_tree
 
-pytestmark = pytest.mark.torch
+pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
