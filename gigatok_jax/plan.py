@@ -49,7 +49,7 @@ def generator_shapes(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: for sizes that cannot work.
     """
-    objective = objectives.build({**cfg, "generator": {**cfg["generator"], "attention": "xla"}})
+    objective = objectives.build({**cfg, "generator": {**cfg["generator"], "attention": "xla"}, "first_stage": {}})
     return jax.eval_shape(objective.init, jax.random.key(0))[0]["generator"]
 
 

@@ -34,6 +34,7 @@ class Run:
 
     def __init__(self, cfg: ConfigDict, workdir: Path, allow_config_change: bool = False):
         config.validate(cfg, jax.device_count())
+        cfg = frozen.resolved(cfg)
         self.cfg, self.workdir = cfg, workdir
         self.resolved = config.to_json(cfg)
         self.mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
@@ -41,8 +42,9 @@ class Run:
         self.groups = optim.make_groups(cfg)
         self.source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")
         self.objective.check(self.source)
-        self.evaluator = evals.build(cfg, self.objective, self.mesh, self.source) if cfg.data.eval_source else None
         self.frozen = frozen.of_config(cfg, self.mesh)
+        evaluated = cfg, self.objective, self.mesh, self.source, self.frozen
+        self.evaluator = evals.build(*evaluated) if cfg.data.eval_source else None
         self.identity = identity.identity(cfg, self.source)
         self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
         microbatch = cfg.global_batch // cfg.accumulate

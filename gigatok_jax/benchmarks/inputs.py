@@ -7,11 +7,13 @@ from ml_collections import ConfigDict
 
 from gigatok_jax import config, data, sharding
 from gigatok_jax.data.speed import measure_input
+from gigatok_jax.hub import frozen
 
 
 def input_speed(cfg: ConfigDict, *, steps: int, warmup: int, pace_ms: float) -> dict[str, Any]:
     """The wait for this process' batches of a config (see `data.speed.measure_input`); nothing else is built."""
     config.validate(cfg, jax.device_count())
+    cfg = frozen.resolved(cfg)
     mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))
     rows = sharding.process_rows(mesh, cfg.global_batch)
     source = data.make_source(cfg.data.source, root=cfg.data.root or None, split="train")

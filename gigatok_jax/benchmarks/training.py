@@ -42,6 +42,7 @@ def build(cfg: ConfigDict) -> Setup:
       ValueError: for a config that cannot run here.
     """
     config.validate(cfg, jax.device_count())
+    cfg = frozen.resolved(cfg)
     plain = cfg.copy_and_resolve_references().unlock()
     plain["generator" if "generator" in plain else "tokenizer"].attention = "xla"
     mesh = sharding.make_mesh(config.check_mesh(cfg, jax.device_count()))

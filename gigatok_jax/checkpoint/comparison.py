@@ -11,7 +11,7 @@ RUN_ONLY_KEYS = (
     "mesh.*", "sharding.*", "log.*", "eval.*", "checkpoint.*", "max_skipped", "data.num_threads", "data.num_workers",
     "data.prefetch", "data.root", "data.eval_*", "tokenizer.attention", "tokenizer.codebook_chunk", "tokenizer.remat",
     "tokenizer.remat_convs", "tokenizer.unroll", "discriminator.remat", "frozen.folder", "frozen.remat",
-    "generator.attention", "generator.remat", "generator.unroll",
+    "generator.attention", "generator.remat", "generator.unroll", "first_stage.*",
 )  # fmt: skip
 
 SHOWN = 5  # mismatching leaves named in an error; the rest are counted

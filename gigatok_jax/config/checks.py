@@ -10,7 +10,8 @@ INF = float("inf")
 # Least and greatest value of what has one; below or above, something far away would fail.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_steps", "global_batch", "accumulate", "max_skipped"), (1, INF)),
-    **dict.fromkeys(("data.prefetch", "eval.batch", "eval.num_images", "eval.grid", "checkpoint.keep_last"), (1, INF)),
+    **dict.fromkeys(("data.prefetch", "eval.batch", "eval.num_images", "eval.grid", "eval.unigram_images",
+                     "checkpoint.keep_last"), (1, INF)),
     **dict.fromkeys(("seed", "data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
     **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "semantic", "codebook", "commitment",
@@ -55,6 +56,8 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
     if num_devices is not None:
         check_mesh(cfg, num_devices)
+    if "generator" in cfg:
+        _check_ids(cfg)
     choices = {
         "objective": ("tokenizer", "ar"),
         "dtype": ("float32", "bfloat16"),
@@ -82,6 +85,19 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         for value in _values(cfg, field):
             if value not in allowed:
                 raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_ids(cfg: ConfigDict) -> None:
+    """Refuses pictures that nothing makes ids of."""
+    if cfg.first_stage.bundle and cfg.data.source != "tokens":
+        return
+    for field in ("source", "eval_source"):
+        if cfg.data[field] not in ("tokens", ""):
+            raise ValueError(
+                f"config.data.{field}={cfg.data[field]!r} gives pictures, a generator reads ids: encode them with "
+                f"`python -m gigatok_jax.encode` and set --config.data.{field}=tokens, or train on pictures with "
+                "--config.first_stage.bundle=FOLDER of the tokenizer that makes ids of them"
+            )
 
 
 def _values(cfg: ConfigDict, field: str) -> list[Any]:

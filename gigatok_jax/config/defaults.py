@@ -216,7 +216,9 @@ def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
 
 
 def ar(size: str = "b") -> ConfigDict:
-    """A complete config: an AR generator of a named size on stored ids, with GigaTok's published training; unlocked.
+    """A complete config: an AR generator of a named size with GigaTok's published training; unlocked.
+
+    Its ids are stored (source "tokens"), or made of any source's pictures inside the step (`first_stage.bundle`).
 
     Raises:
       ValueError: for a size that is not in `GPT_SIZES`.
@@ -226,10 +228,11 @@ def ar(size: str = "b") -> ConfigDict:
         del cfg[section]
     cfg.update(objective="ar", num_steps=1_500_000, global_batch=256, schedule="wsd")
     cfg.generator = ar_generator(size)
+    cfg.first_stage = dict(bundle="")  # of the tokenizer that makes ids of pictures, in float32
     cfg.groups = dict(generator=_group())
     # Matrices and tables, not norms and biases; a layer axis makes every parameter of a stack look like a matrix.
     decayed = r".*(kernel|embedding|_pos|_table)"
     cfg.groups.generator.update(end_learning_rate=0.0, warmup_steps=5000, weight_decay=0.05, clip=1.0, decayed=decayed)
-    cfg.data = dict(source="tokens", root="", eval_source="", eval_root="", num_threads=4, num_workers=0, prefetch=4)
-    cfg.eval = dict(every=5000, batch=64, num_images=512)
+    cfg.data.update(source="tokens", num_threads=4)  # "tokens", or pictures
+    cfg.eval = dict(every=5000, batch=64, num_images=512, unigram_images=16_384)  # the last: crops trained on, at most
     return cfg

@@ -61,4 +61,5 @@ def element(cfg: Mapping[str, Any]) -> ImageElement | TokenElement:
     section = cfg["data"]
     if section["source"] == "tokens":
         return TokenElement()
-    return ImageElement(cfg["tokenizer"]["image_size"], section["crop"], section["flip"], section["permute_channels"])
+    size = cfg["tokenizer" if "tokenizer" in cfg else "first_stage"]["image_size"]
+    return ImageElement(size, section["crop"], section["flip"], section["permute_channels"])

@@ -14,7 +14,7 @@ import numpy as np
 from gigatok_jax.data.array_record import ArrayRecordSet
 from gigatok_jax.data.decode import MAX_BYTES, MAX_PIXELS, MIN_SIDE, BadRecord, decode_image
 from gigatok_jax.data.records import Encoded, EncodedSource, Record, Source
-from gigatok_jax.data.tokens import TokenSet
+from gigatok_jax.data.tokens import open_tokens
 from gigatok_jax.data.webdataset import TarImages
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -191,7 +191,7 @@ SOURCES = {
         _make_imagenet,
     ),
     "photographs": ("nothing", "", lambda root, split: Photographs(split)),
-    "tokens": ("a folder that gigatok_jax.encode wrote", None, TokenSet),
+    "tokens": ("a folder that gigatok_jax.encode wrote, or several with commas between", None, open_tokens),
     "tfds": ("a TFDS dataset, such as .../imagenet2012/5.1.0", None, _make_tfds),
     "webdataset": (
         "a folder of tars, one tar, or a pattern such as train-*.tar",

@@ -4,7 +4,9 @@ A record is a msgpack map `{"v": 1, "label": int, "name": str, "caption": str, "
 with the array "ids" (R, K), R crops of K ids. `dataset.json` says under "tokenizer" what made them.
 """
 
+import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -71,3 +73,50 @@ class TokenSet(ArrayRecordSet):
     def name_of(self, index: int) -> str:
         """The name that the picture had in the source it was encoded from; reads the record."""
         return self[index].name
+
+
+class JoinedViews:
+    """Sets of the same pictures in other views, as one: a record has the views of all of them, in order.
+
+    Two ten-crop sets (`crop_range` 1.1 and 1.05) are GigaTok's training: each is taken from half of the time.
+
+    Raises:
+        ValueError: the sets are of other pictures, or of other tokenizers.
+    """
+
+    def __init__(self, sets: Sequence[TokenSet]):
+        first = sets[0]
+        for other in sets[1:]:
+            if other.tokenizer != first.tokenizer:
+                raise ValueError("the folders of config.data.root were encoded by different tokenizers: encode anew")
+            if _pictures(other) != _pictures(first):
+                raise ValueError(
+                    "the folders of config.data.root hold different pictures, not other views of the same: encode one "
+                    "source into each"
+                )
+        self._sets, self.tokenizer, self.class_names = tuple(sets), first.tokenizer, first.class_names
+        self.identity = hashlib.sha256("".join(one.identity for one in sets).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._sets[0])
+
+    def __getitem__(self, index: int) -> TokenRecord:
+        """One picture's ids; raises BadRecord where a shard is damaged."""
+        records = [one[index] for one in self._sets]
+        return records[0]._replace(ids_RK=np.concatenate([record.ids_RK for record in records]))
+
+    def name_of(self, index: int) -> str:
+        """As `TokenSet.name_of`."""
+        return self._sets[0].name_of(index)
+
+
+def open_tokens(root: str | os.PathLike, split: str = "train") -> TokenSet | JoinedViews:
+    """The encoded pictures of a folder, or of several, separated by commas, that hold other views of the same."""
+    folders = [os.path.expanduser(folder) for folder in str(root).split(",")]
+    sets = [TokenSet(folder, split) for folder in folders]
+    return sets[0] if len(sets) == 1 else JoinedViews(sets)
+
+
+def _pictures(one: TokenSet) -> tuple[Any, ...]:
+    """What two sets of the same pictures, in the same order, agree in."""
+    return one.index["made_from"]["source_digest"], sorted(one.index["dropped"]), len(one)

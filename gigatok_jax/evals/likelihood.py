@@ -1,5 +1,6 @@
 """How well a generator predicts held-out ids, beside what is known of them without one."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,58 +10,44 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gigatok_jax import data, sharding
+from gigatok_jax.evals.picture_ids import PictureIds
+from gigatok_jax.hub.frozen import id_writer
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.ar import ARObjective
 
-FITTED = 65_536  # training pictures, evenly spaced, that the unigram is fitted on at most
 SMOOTHING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class LikelihoodEvaluator:
-    """Nats per id of held-out pictures (their first crop), teacher-forced, with their true class.
+    """Nats per id of held-out pictures (their first crop, or centre crop), teacher-forced, with their true class.
 
     "ar_val_loss", "ar_val_accuracy", and "unigram_entropy": the cross-entropy of the same ids under each position's
-    own distribution over the training ids.
+    own distribution over the training ids. Crops of whole photographs that were held out have no class of training's:
+    they are scored with the null class.
 
+    Args:
+      frozen: as the train step's; what makes ids of pictures, where a source gives pictures.
     Raises:
-      ValueError: for held-out ids of another tokenizer than the training ids', or fewer than asked for.
+      ValueError: for held-out ids of another tokenizer than the training ids', fewer pictures than asked for, or other
+        classes.
     """
 
     primary = "ar_val_loss"
 
-    def __init__(self, cfg: Mapping[str, Any], objective: ARObjective, mesh: Mesh, train: data.TokenSet):
-        section = cfg["data"]
-        held_out = data.make_source(section["eval_source"], root=section["eval_root"] or None, split="eval")
-        if getattr(held_out, "tokenizer", None) is None:
-            raise ValueError(
-                f"config.data.eval_source={section['eval_source']} gives pictures, a generator is scored on ids: "
-                "encode them with `python -m gigatok_jax.encode` and set --config.data.eval_source=tokens"
-            )
-        if held_out.tokenizer != train.tokenizer:
-            raise ValueError(
-                f"config.data.eval_root={section['eval_root']!r} was encoded with another tokenizer "
-                f"({held_out.tokenizer}) than the training ids ({train.tokenizer}): encode both with one bundle"
-            )
-        count = cfg["eval"]["num_images"]
-        if len(held_out) < count:
-            raise ValueError(
-                f"config.eval.num_images={count}, but {section['eval_root']} has {len(held_out)}; "
-                f"set --config.eval.num_images={len(held_out)}"
-            )
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        objective: ARObjective,
+        mesh: Mesh,
+        train: data.Source,
+        frozen: Mapping[str, Any],
+    ):
+        self._cfg, self._train, self._model, self._mesh = cfg, train, objective.generator, mesh
         self.bad_records: dict[str, str] = {}
-        records = list(self._records(held_out, count))
-        if not records:
-            raise ValueError(f"none of {count} encoded pictures can be read; the first: {self.bad_records}")
-        self._ids = np.stack([record.ids_RK[0] for record in records])
-        self._classes = np.array([record.label for record in records], np.int32)
-        model = objective.generator
-        counts_KV = np.zeros((model.num_latent_tokens, model.codebook_size))
-        for record in self._records(train, min(FITTED, len(train))):
-            np.add.at(counts_KV, (np.arange(len(counts_KV))[None], record.ids_RK), 1)
-        self._unigram = unigram_entropy(counts_KV, self._ids)
+        self._held_out = held_out(cfg, train, self._model.num_classes)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch = -(-min(cfg["eval"]["batch"], count) // shards) * shards
-        self._mesh = mesh
+        self._batch = -(-min(cfg["eval"]["batch"], cfg["eval"]["num_images"]) // shards) * shards
+        self._pictures = PictureIds(cfg, objective, mesh, frozen, self._batch)
 
         def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, valid_B: jax.Array) -> Any:
             with constraints(sharding.activation_constraint(mesh)):
@@ -70,16 +57,47 @@ class LikelihoodEvaluator:
         self._scores = jax.jit(scores, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], None]:
-        """Parameters by group → (scores by name, no picture)."""
-        sums = np.zeros(2)
-        for start in range(0, len(self._ids), self._batch):
-            at = np.minimum(np.arange(start, start + self._batch), len(self._ids) - 1)
-            valid = (np.arange(start, start + self._batch) < len(self._ids)).astype(np.float32)
-            rows = (sharding.place_rows(x, self._mesh) for x in (self._ids[at], self._classes[at], valid))
+        """Parameters by group → (scores by name, no picture).
+
+        Raises:
+          data.NoUsableImages: at the first call, for pictures of which none can be read.
+        """
+        (ids, classes), sums = self._scored, np.zeros(2)
+        for start in range(0, len(ids), self._batch):
+            at = np.minimum(np.arange(start, start + self._batch), len(ids) - 1)
+            valid = (np.arange(start, start + self._batch) < len(ids)).astype(np.float32)
+            rows = (sharding.place_rows(x, self._mesh) for x in (ids[at], classes[at], valid))
             sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
-        loss, accuracy = (sums / len(self._ids)).tolist()
+        loss, accuracy = (sums / len(ids)).tolist()
         scores = {"ar_val_loss": loss, "ar_val_accuracy": accuracy, "unigram_entropy": self._unigram}
-        return {**scores, "num_images": len(self._ids)}, None
+        return {**scores, "num_images": len(ids)}, None
+
+    @functools.cached_property
+    def _scored(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (M, K), classes (M,)) of the held-out pictures."""
+        source, count = self._held_out, self._cfg["eval"]["num_images"]
+        if hasattr(source, "tokenizer"):
+            records = list(self._records(source, count))
+            ids, classes = [record.ids_RK[0] for record in records], [record.label for record in records]
+        else:
+            ids, classes = self._pictures.held_out(source, count, self.bad_records)
+        if not len(ids):
+            raise data.NoUsableImages(f"none of {count} held-out pictures can be read: {self.bad_records}")
+        if isinstance(source, data.Tiles):
+            classes = np.full(len(ids), self._model.num_classes)
+        return np.stack(ids), np.asarray(classes, np.int32)
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        train, count = self._train, self._cfg["eval"]["unigram_images"]
+        if hasattr(train, "tokenizer"):
+            fitted = (record.ids_RK for record in self._records(train, min(count, len(train))))
+        else:
+            fitted = self._pictures.trained(train, count, self.bad_records)
+        counts_KV = np.zeros((self._model.num_latent_tokens, self._model.codebook_size))
+        for ids_BK in fitted:
+            np.add.at(counts_KV, (np.arange(len(counts_KV))[None], ids_BK), 1)
+        return unigram_entropy(counts_KV, self._scored[0])
 
     def _records(self, source: data.TokenSet, count: int) -> Iterator[data.TokenRecord]:
         """`count` evenly spaced records; bad ones are named and left out."""
@@ -88,6 +106,37 @@ class LikelihoodEvaluator:
                 yield source[index]
             except data.BadRecord as error:
                 self.bad_records[error.name] = error.reason
+
+
+def held_out(cfg: Mapping[str, Any], train: data.Source, num_classes: int) -> data.Source:
+    """The source of held-out ids or pictures, compared with the training set.
+
+    Raises:
+      ValueError: as `LikelihoodEvaluator`.
+    """
+    section, count = cfg["data"], cfg["eval"]["num_images"]
+    source = data.make_source(section["eval_source"], root=section["eval_root"] or None, split="eval")
+    made, wanted = getattr(source, "tokenizer", None), id_writer(cfg, train)
+    if made is not None and made != wanted:
+        raise ValueError(
+            f"config.data.eval_root={section['eval_root']!r} was encoded with another tokenizer ({made}) than the "
+            f"training ids ({wanted}): encode both with one bundle"
+        )
+    if section["eval_source"] == "photographs":
+        return data.Tiles(source, cfg["first_stage"]["image_size"], count)
+    if len(source) < count:
+        raise ValueError(
+            f"config.eval.num_images={count}, but {section['eval_root']} has {len(source)}; "
+            f"set --config.eval.num_images={len(source)}"
+        )
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    for number, name in enumerate(source.class_names):
+        if numbers.get(name, number) != number or number >= num_classes:
+            raise ValueError(
+                f"config.data.eval_root={section['eval_root']!r} has {name!r} as class {number}, the training set as "
+                f"{numbers.get(name, 'none')}: hold out pictures of the same classes"
+            )
+    return source
 
 
 def unigram_entropy(counts_KV: np.ndarray, held_out_MK: np.ndarray) -> float:

@@ -57,8 +57,7 @@ class Bundle(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Of a tokenizer: what token shards and generators keep of it."""
-        names = ("codebook_size", "num_latent_tokens", "image_size")
-        return {"hash": self.hash, **{name: self.section[name] for name in names}}
+        return facts(self.section, self.hash)
 
 
 def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
@@ -121,23 +120,21 @@ def save(
     return content
 
 
-def load(path: str | os.PathLike, kind: str | None = None) -> Bundle:
+def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...] | None = None) -> Bundle:
     """Reads and checks a bundle.
 
     Args:
       path: its folder, or "hf://owner/name" with "@revision" to be downloaded from Hugging Face.
       kind: what it must be.
+      parts: the parameters to read, by the first names of their paths; all of them if None.
 
     Raises:
       FileNotFoundError: there is no bundle.
       ValueError: the folder does not hold what a bundle holds, it is damaged, or is of another kind.
       ImportError: "hf://" without the package huggingface_hub.
     """
-    folder = _downloaded(str(path)) if str(path).startswith("hf://") else Path(path).expanduser()
-    content = _read_config(folder)
-    section = checked_section(content["kind"], content["section"], str(folder / CONFIG))
-    if kind is not None and content["kind"] != kind:
-        raise ValueError(f"{folder} is a bundle of a {content['kind']}, a {kind} is wanted")
+    folder, content = open_config(path, kind)
+    section = content["section"]
     weights = _inside(folder, WEIGHTS)
     digest = sha256(weights)
     if digest != content["weights_sha256"] or content["hash"] != _hash(content["kind"], section, digest):
@@ -145,9 +142,28 @@ def load(path: str | os.PathLike, kind: str | None = None) -> Bundle:
             f"{weights} or {CONFIG} beside it has changed since it was exported (SHA-256 {digest[:12]}…, "
             f"{content['weights_sha256'][:12]}… is written down): copy or export the bundle again"
         )
-    params = _read_weights(weights, parameter_shapes(content["kind"], section))
+    params = _read_weights(weights, parameter_shapes(content["kind"], section), parts)
     kept = (content[name] for name in ("tokenizer", "provenance", "hash"))
     return Bundle(content["kind"], section, params, tuple(content["class_names"]), *kept)
+
+
+def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """(a bundle's folder, what its checked `config.json` holds); the weights are not looked at.
+
+    Raises:
+      FileNotFoundError, ValueError, ImportError: as `load`.
+    """
+    folder = _downloaded(str(path)) if str(path).startswith("hf://") else Path(path).expanduser()
+    content = _read_config(folder)
+    checked_section(content["kind"], content["section"], str(folder / CONFIG))
+    if kind is not None and content["kind"] != kind:
+        raise ValueError(f"{folder} is a bundle of a {content['kind']}, a {kind} is wanted")
+    return folder, content
+
+
+def facts(section: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    """What token shards and generators keep of the tokenizer of a section and hash."""
+    return {"hash": digest, **{name: section[name] for name in ("codebook_size", "num_latent_tokens", "image_size")}}
 
 
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
@@ -206,8 +222,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The parameters, after every name, shape and dtype was compared."""
+def _read_weights(
+    path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], parts: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """The parameters of some parts, after every name, shape and dtype was compared."""
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in list(file.keys())}
@@ -219,7 +237,8 @@ def _read_weights(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dic
                     f"{path} does not hold this model's parameters; {len(wrong)} differ, such as {wrong[0]}: stored "
                     f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
                 )
-            return keymap.unflatten({name: file.get_tensor(name) for name in wanted})
+            read = [name for name in wanted if parts is None or name.split("/")[0] in parts]
+            return keymap.unflatten({name: file.get_tensor(name) for name in read})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; copy or export the bundle again") from None
 

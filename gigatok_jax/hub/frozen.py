@@ -1,4 +1,7 @@
-"""The frozen networks of a run, from the weights folder onto the mesh."""
+"""The frozen networks of a run, from the weights folder or a bundle onto the mesh.
+
+A first stage is a tokenizer whose bundle a config names; it has its own section of the config, filled in from there.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +9,28 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from gigatok_jax import objectives, sharding
-from gigatok_jax.hub import teachers
+from gigatok_jax.hub import bundle, teachers
 from gigatok_jax.hub.tensors import sha256
+
+FIRST_STAGE = ("encoder", "bottleneck")  # what makes ids; its decoder stays on disk
+
+
+def resolved(cfg: ConfigDict) -> ConfigDict:
+    """The config with the section of its first stage, which its bundle holds, if it has one.
+
+    Raises:
+      FileNotFoundError, ValueError, ImportError: as `bundle.load`; the weights are not looked at yet.
+    """
+    if not objectives.has_first_stage(cfg):
+        return cfg
+    _, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
+    cfg = cfg.copy_and_resolve_references().unlock()
+    # Fused kernels have no float32.
+    cfg.first_stage.update(content["section"], attention="xla")
+    return cfg.lock()
 
 
 def place(params: Mapping[str, Any], mesh: Mesh, preset: str) -> dict[str, Any]:
@@ -36,14 +57,46 @@ def load(
 
 
 def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The networks that a config's objective calls; see `load`."""
-    roles = objectives.networks(cfg)
-    if not roles:
-        return {}
-    grid, preset = objectives.latent_grid(cfg), cfg["sharding"]["preset"]
-    return load(roles, cfg["frozen"], grid=grid, mesh=mesh, preset=preset)
+    """The networks that a config's objective calls.
+
+    Raises:
+      FileNotFoundError, ValueError, ImportError: as `load` and `bundle.load`.
+    """
+    roles, preset, found = objectives.networks(cfg), cfg["sharding"]["preset"], {}
+    if roles:
+        found = load(roles, cfg["frozen"], grid=objectives.latent_grid(cfg), mesh=mesh, preset=preset)
+    if objectives.has_first_stage(cfg):
+        stage = bundle.load(cfg["first_stage"]["bundle"], "tokenizer", FIRST_STAGE)
+        found |= place({"first_stage": stage.params}, mesh, preset)
+    return found
 
 
-def hashes(roles: Mapping[str, str], folder: str) -> dict[str, str]:
-    """{role: SHA-256 of its file}: what a checkpoint keeps of networks that it does not hold."""
-    return {role: sha256(teachers.find(name, folder)) for role, name in sorted(roles.items())}
+def hashes(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """{role: SHA-256 of its file, or hash of its bundle}: what a checkpoint keeps of networks that it does not hold."""
+    roles = sorted(objectives.networks(cfg).items())
+    found = {role: sha256(teachers.find(name, cfg["frozen"]["folder"])) for role, name in roles}
+    if objectives.has_first_stage(cfg):
+        found["first_stage"] = bundle.open_config(cfg["first_stage"]["bundle"])[1]["hash"]
+    return found
+
+
+def id_writer(cfg: Mapping[str, Any], source: Any) -> dict[str, Any] | None:
+    """`bundle.facts` of the tokenizer that a run's ids are of: its first stage, or what encoded its source.
+
+    None where there are no ids.
+
+    Raises:
+      ValueError: the source's ids are of another tokenizer than the one that the config names.
+    """
+    made, name = getattr(source, "tokenizer", None), cfg.get("first_stage", {}).get("bundle")
+    if not name:
+        return made
+    content = bundle.open_config(name, "tokenizer")[1]
+    named = bundle.facts(content["section"], content["hash"])
+    if made is not None and made != named:
+        raise ValueError(
+            f"config.data.root={cfg['data']['root']!r} was encoded by the tokenizer {made['hash'][:12]}…, "
+            f"config.first_stage.bundle={name!r} is {named['hash'][:12]}…: encode the pictures with that bundle, or "
+            "name the one that they were encoded with"
+        )
+    return named

@@ -20,7 +20,7 @@ from jax import export
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub.bundle import build_model, parameter_shapes
-from gigatok_jax.objectives.tokenizer import to_unit_range
+from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -51,7 +51,7 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
         return {"params": keymap.unflatten(weights)}
 
     def tokenize(weights: Mapping[str, jax.Array], image_BHWC: jax.Array) -> jax.Array:
-        return model.apply(variables(weights), to_unit_range(image_BHWC), method="encode")[0].ids_BK
+        return image_ids(model, keymap.unflatten(weights), image_BHWC)
 
     def detokenize(weights: Mapping[str, jax.Array], ids_BK: jax.Array) -> jax.Array:
         codes = model.apply(variables(weights), ids_BK, method="lookup")

@@ -48,7 +48,7 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
     """
     if cfg["objective"] == "ar":
         generator = generators_ar.build(cfg["generator"], dtype=jnp.dtype(cfg["dtype"]))
-        return ARObjective(generator, cfg["generator"]["class_dropout"])
+        return ARObjective(generator, cfg["generator"]["class_dropout"], _first_stage(cfg))
     weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
     tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
     return TokenizerObjective(
@@ -59,6 +59,16 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
         teachers=_teachers(cfg, teachers or {}),
         accumulate=cfg["accumulate"],
     )
+
+
+def has_first_stage(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config's step makes ids of pictures by a tokenizer whose bundle it names."""
+    return bool(cfg.get("first_stage", {}).get("bundle")) and cfg["data"]["source"] != "tokens"
+
+
+def _first_stage(cfg: Mapping[str, Any]) -> Tokenizer | None:
+    """The frozen tokenizer of a config, in float32 whatever the config's dtype; its section is filled in by then."""
+    return build_tokenizer(cfg["first_stage"], jnp.float32) if has_first_stage(cfg) else None
 
 
 def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str, Teacher]:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from gigatok_jax.generators.ar import GPT
+from gigatok_jax.nn.constrain import constrain
+from gigatok_jax.objectives.tokenizer import image_ids
+from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
 class Phase(NamedTuple):
@@ -15,28 +18,31 @@ class Phase(NamedTuple):
 
 
 class ARObjective(NamedTuple):
-    """Built once from a config; every method is pure. A batch has "ids" (B, K) and "label" (B,), int32."""
+    """Built once from a config; every method is pure.
+
+    A batch has "label" (B,) and "ids" (B, K), int32; where a first stage makes the ids, "image" (B, S, S, 3) uint8
+    stands in their place, and the parameters of the first stage travel in `frozen` under its name.
+    """
 
     generator: GPT
     class_dropout: float
+    first_stage: Tokenizer | None = None
 
     shown = ("loss/total", "accuracy")
 
     def check(self, source: Any) -> None:
-        """Compares the source of training ids with the generator.
+        """Compares what makes the training ids, and the classes of their source, with the generator.
 
         Raises:
           ValueError: naming the config's field and what it should be.
         """
-        model, made = self.generator, getattr(source, "tokenizer", None)
-        if made is None:
-            raise ValueError(
-                "a generator is trained on ids, and config.data.source gives pictures: encode them with "
-                "`python -m gigatok_jax.encode` and set --config.data.source=tokens"
-            )
-        wanted = {"codebook_size": made["codebook_size"], "num_latent_tokens": made["num_latent_tokens"]}
-        for field, value in wanted.items():
-            if getattr(model, field) != value:
+        model, stage = self.generator, self.first_stage
+        if stage is None:
+            made = source.tokenizer
+        else:
+            made = {"codebook_size": stage.bottleneck.codebook_size, "num_latent_tokens": stage.num_latent_tokens}
+        for field in ("codebook_size", "num_latent_tokens"):
+            if getattr(model, field) != (value := made[field]):
                 raise ValueError(
                     f"config.generator.{field}={getattr(model, field)}, but the ids' tokenizer has {value}: set "
                     f"--config.generator.{field}={value}"
@@ -44,7 +50,7 @@ class ARObjective(NamedTuple):
         if len(source.class_names) > model.num_classes:
             count = len(source.class_names)
             raise ValueError(
-                f"config.generator.num_classes={model.num_classes}, but the ids have {count} classes: set "
+                f"config.generator.num_classes={model.num_classes}, but the training set has {count} classes: set "
                 f"--config.generator.num_classes={count}"
             )
 
@@ -64,8 +70,17 @@ class ARObjective(NamedTuple):
 
     def batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What a batch of `rows` images looks like."""
-        ids = jax.ShapeDtypeStruct((rows, self.generator.num_latent_tokens), jnp.int32)
-        return {"ids": ids, "label": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+        label = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        if self.first_stage is None:
+            return {"ids": jax.ShapeDtypeStruct((rows, self.generator.num_latent_tokens), jnp.int32), "label": label}
+        size = self.first_stage.image_size
+        return {"image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8), "label": label}
+
+    def ids(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+        """(B, K) ids of a batch, as they stand there or made of its pictures."""
+        if self.first_stage is None:
+            return batch["ids"]
+        return constrain(image_ids(self.first_stage, frozen["first_stage"], batch["image"]), "batch", None)
 
     def active(self, phase: Phase) -> tuple[str, ...]:
         """The groups that are trained in a phase."""
@@ -77,11 +92,11 @@ class ARObjective(NamedTuple):
         del phase
 
         def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
-            del frozen, step
+            del step
             class_key, dropout_key = jax.random.split(key)
             null_B = jax.random.bernoulli(class_key, self.class_dropout, batch["label"].shape)
             class_B = jnp.where(null_B, self.generator.num_classes, batch["label"])
-            loss_BK, right_BK = self.scores(params, batch["ids"], class_B, rngs={"dropout": dropout_key})
+            loss_BK, right_BK = self.scores(params, self.ids(frozen, batch), class_B, rngs={"dropout": dropout_key})
             loss = loss_BK.mean()
             return loss, (state, {"loss/ar": loss, "accuracy": right_BK.mean()})
 

@@ -230,6 +230,13 @@ class TokenizerObjective(NamedTuple):
         return terms, state, {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
 
 
+def image_ids(tokenizer: Tokenizer, params: Any, image_BHWC: jax.Array) -> jax.Array:
+    """Images, uint8 or float in [−1, 1], → (B, K) int32 ids; reads no parameters of the decoder."""
+    # As published. Left to themselves, TPUs would multiply float32 in bfloat16, and ids would flip.
+    with jax.default_matmul_precision("tensorfloat32"):
+        return tokenizer.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0].ids_BK
+
+
 def to_unit_range(image: jax.Array) -> jax.Array:
     """uint8 → float32 in [−1, 1]; floats are taken to be there already."""
     return image.astype(jnp.float32) / 127.5 - 1.0 if image.dtype == jnp.uint8 else image.astype(jnp.float32)

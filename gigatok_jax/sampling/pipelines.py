@@ -15,7 +15,7 @@ from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import frozen
 from gigatok_jax.hub.bundle import Bundle, load
 from gigatok_jax.nn.constrain import constraints
-from gigatok_jax.objectives.tokenizer import to_unit_range
+from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance
 
 
@@ -94,10 +94,7 @@ class TokenizerPipeline(_Pipeline):
 
     @functools.cached_property
     def _encode(self) -> Any:
-        def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
-            return self.model.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0].ids_BK
-
-        return self._jit(encode)
+        return self._jit(functools.partial(image_ids, self.model))
 
     def _decode(self, params: Any, ids_BK: jax.Array) -> jax.Array:
         codes = self.model.apply({"params": params}, ids_BK, method="lookup")

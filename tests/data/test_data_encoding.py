@@ -218,3 +218,36 @@ def test_training_draws_one_of_a_pictures_views(tmp_path):
     with TrainLoader(tokens, **settings, start_step=30) as resumed:
         for a, b in zip(batches[30:], resumed, strict=True):
             np.testing.assert_array_equal(a["ids"], b["ids"])
+
+
+def test_two_sets_of_views_are_taken_from_in_halves(tmp_path):
+    ranges = {"110": 1.25, "105": 1.5}
+    for name, crop_range in ranges.items():
+        encode(tmp_path / name, views=Views(8, "ten_crop", crop_range=crop_range))
+        finish(tmp_path / name)
+    joined = make_source("tokens", root=f"{tmp_path / '110'},{tmp_path / '105'}")
+    sets = [TokenSet(tmp_path / name) for name in ranges]
+    assert len(joined) == 10 and joined.tokenizer == TOKENIZER and joined.name_of(3) == sets[0].name_of(3)
+    assert joined.identity not in {one.identity for one in sets}
+    for index in range(10):
+        np.testing.assert_array_equal(joined[index].ids_RK, np.concatenate([one[index].ids_RK for one in sets]))
+    element, rng = TokenElement(), np.random.default_rng(0)
+    drawn = [np.flatnonzero((joined[0].ids_RK == element(joined[0], rng)["ids"]).all(1))[0] for _ in range(2000)]
+    counts = np.bincount(drawn, minlength=20)
+    assert abs(counts[:10].sum() / 2000 - 0.5) < 0.04 and counts.min() > 60
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (None, {"tokenizer": {**TOKENIZER, "hash": "cd"}}, "by different tokenizers"),
+        (Pictures(10), {}, "different pictures"),
+    ],
+)
+def test_sets_that_are_not_of_the_same_pictures_are_not_joined(source, options, words, tmp_path):
+    encode(tmp_path / "one")
+    encode(tmp_path / "two", source, **options)
+    for name in ("one", "two"):
+        finish(tmp_path / name)
+    with pytest.raises(ValueError, match=words):
+        make_source("tokens", root=f"{tmp_path / 'one'},{tmp_path / 'two'}")
