@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
     (r"id_embed/embedding$", ("codes", None)),
-    (r"generator/head/kernel$", ("embed", "mlp")),
+    (r"generator/(.*/)?head/kernel$", ("embed", "mlp")),
     (r"generator/.*modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"_pos$", (None, "embed")),
     (r"codebook$", ("codes", None)),

@@ -156,7 +156,7 @@ def test_every_large_parameter_of_a_generator_is_sharded(ids):
     sizes, preset = MESHES["mixed"]
     mesh = sharding.make_mesh(sizes)
     abstract = train_state.abstract(objectives.build(cfg), optim.make_groups(cfg), 0, mesh, preset)
-    named = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    named = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     large = {name: leaf for name, leaf in named.items() if leaf.size > 600}
     assert len(large) > 8 and [name for name, leaf in large.items() if leaf.sharding.is_fully_replicated] == []
 
