@@ -21,10 +21,13 @@ from tests.tiny import tiny_generator, tiny_run
 K, V, SIZE = 8, 64, 8  # of tiny_run's tokenizer
 
 
-def write_bundle(folder, seed):
+def write_bundles(*folders):
+    """Fresh tokenizers by seed."""
     section = tiny_run().tokenizer.to_dict()
-    params = jax.jit(bundle.build_model("tokenizer", section).init)(jax.random.key(seed), np.zeros((1, SIZE, SIZE, 3)))
-    bundle.save(folder, "tokenizer", section, keymap.flatten(jax.device_get(params["params"])).__getitem__)
+    init, image = jax.jit(bundle.build_model("tokenizer", section).init), np.zeros((1, SIZE, SIZE, 3))
+    for seed, folder in enumerate(folders):
+        params = jax.device_get(init(jax.random.key(seed), image)["params"])
+        bundle.save(folder, "tokenizer", section, keymap.flatten(params).__getitem__)
 
 
 def write_pictures(folder, count, seed, classes=("a", "b")):
@@ -46,11 +49,11 @@ def encode(tokenizer, pictures, out):
 def root(tmp_path_factory):
     """Two tokenizers, training and held-out pictures, and the first one's ids of their centre crops."""
     root = tmp_path_factory.mktemp("first_stage")
-    for number, name in enumerate(("tokenizer", "other")):
-        write_bundle(root / name, number)
+    write_bundles(root / "tokenizer", root / "other")
+    tokenizer = pipeline(root)
     for number, (name, count) in enumerate((("train", 24), ("eval", 11))):
         write_pictures(root / name, count, number)
-        encode(pipeline(root), root / name, root / "ids" / name)
+        encode(tokenizer, root / name, root / "ids" / name)
     return root
 
 
@@ -197,21 +200,19 @@ def test_held_out_shards_of_the_same_tokenizer_give_the_same_scores(root, whole,
     assert got["unigram_entropy"] != want["unigram_entropy"]  # of random crops, mirrored half of the time
 
 
-def test_resumes_to_the_bit_and_exports_what_wrote_its_ids(root, tmp_path, capfd):
-    cfg = on_pictures(root)
-    one = train(cfg, tmp_path / "whole")
-    train(cfg, tmp_path / "parts", until=3)
-    parts = train(cfg, tmp_path / "parts")
+def test_resumes_to_the_bit_and_exports_what_wrote_its_ids(root, whole, tmp_path, capfd):
+    train(whole.cfg, tmp_path / "parts", until=3)
+    parts = train(whole.cfg, tmp_path / "parts")
     assert parts.start == 3
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts.state), jax.device_get(one.state))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts.state), jax.device_get(whole.state))
     assert "step 3/3  100.0%" in capfd.readouterr().err  # tokenising 24 crops by eights
-    with checkpoint.Checkpointer(tmp_path / "whole" / "checkpoints", read_only=True) as saved:
+    with checkpoint.Checkpointer(tmp_path / "parts" / "checkpoints", read_only=True) as saved:
         leaves, _ = saved.read_leaves(6)
         assert leaves and not [name for name in leaves if "encoder" in name or "bottleneck" in name]
         hashes = saved.stored()[2]["frozen"]
     tokenizer = pipeline(root)
     assert hashes == {"first_stage": tokenizer.bundle.hash}
-    export.export(tmp_path / "whole", tmp_path / "bundle")
+    export.export(tmp_path / "parts", tmp_path / "bundle")
     made = bundle.load(tmp_path / "bundle", "generator")
     assert made.tokenizer == tokenizer.bundle.facts() and made.class_names == ("a", "b")
 
