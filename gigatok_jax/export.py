@@ -8,7 +8,6 @@ an accelerator, for the largest size too: one tensor at a time is in memory. The
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from absl import app, flags, logging
 import gigatok_jax
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, stablehlo
-from gigatok_jax.metrics import Progress
+from gigatok_jax.metrics import tensor_progress
 
 WEIGHTS = ("auto", "ema", "raw")
 
@@ -63,20 +62,8 @@ def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str
             class_names=tuple(facts.get("class_names", ())),
             tokenizer=facts.get("tokenizer"),
             provenance=provenance,
-            on_tensor=_progress(),
+            on_tensor=tensor_progress(),
         )
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A progress line over the tensors of a bundle."""
-    line: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal line
-        line = line or Progress(total, global_batch=1, warmup_updates=0)
-        line.update(done)
-
-    return show
 
 
 def define_flags() -> None:

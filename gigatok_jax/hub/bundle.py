@@ -4,10 +4,11 @@
 Nothing is unpickled, and nothing outside the folder is read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,12 @@ class Bundle(NamedTuple):
     def model(self, dtype: str = "float32") -> Any:
         """The network that the parameters are of."""
         return build_model(self.kind, self.section, dtype)
+
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes it; returns what `config.json` holds. Raises OSError where the folder cannot be written."""
+        flat, kept = keymap.flatten(self.params), ("class_names", "tokenizer", "provenance")
+        facts = {name: getattr(self, name) for name in kept}
+        return save(folder, self.kind, self.section, lambda path: np.asarray(flat[path]), **facts)
 
     def facts(self) -> dict[str, Any]:
         """Of a tokenizer: what token shards and generators keep of it."""
@@ -133,6 +140,26 @@ def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...
       ValueError: the folder does not hold what a bundle holds, it is damaged, or is of another kind.
       ImportError: "hf://" without the package huggingface_hub.
     """
+    with stored(path, kind) as (content, leaves):
+        read = {name: leaf[:] for name, leaf in leaves.items() if parts is None or name.split("/")[0] in parts}
+    kept = (content[name] for name in ("tokenizer", "provenance", "hash"))
+    params = keymap.unflatten(read)
+    return Bundle(content["kind"], content["section"], params, tuple(content["class_names"]), *kept)
+
+
+class Leaf(NamedTuple):
+    """A parameter in a file; `leaf[n]` reads its layer n, `leaf[:]` all of it."""
+
+    shape: tuple[int, ...]
+    piece: Any
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        return self.piece[at]
+
+
+@contextlib.contextmanager
+def stored(path: str | os.PathLike, kind: str | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Leaf]]]:
+    """A checked bundle (what `config.json` holds, its parameters by path) of which nothing is in memory; see `load`."""
     folder, content = open_config(path, kind)
     section = content["section"]
     weights = _inside(folder, WEIGHTS)
@@ -142,9 +169,9 @@ def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...
             f"{weights} or {CONFIG} beside it has changed since it was exported (SHA-256 {digest[:12]}…, "
             f"{content['weights_sha256'][:12]}… is written down): copy or export the bundle again"
         )
-    params = _read_weights(weights, parameter_shapes(content["kind"], section), parts)
-    kept = (content[name] for name in ("tokenizer", "provenance", "hash"))
-    return Bundle(content["kind"], section, params, tuple(content["class_names"]), *kept)
+    with contextlib.ExitStack() as stack:
+        leaves = _open_weights(weights, parameter_shapes(content["kind"], section), stack)
+        yield content, leaves
 
 
 def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -222,25 +249,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(
-    path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], parts: tuple[str, ...] | None
-) -> dict[str, Any]:
-    """The parameters of some parts, after every name, shape and dtype was compared."""
+def _open_weights(
+    path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], stack: contextlib.ExitStack
+) -> dict[str, Leaf]:
+    """The parameters, after every name, shape and dtype was compared."""
     try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in list(file.keys())}
-            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-            wanted = {name: (leaf.shape, "F32") for name, leaf in shapes.items()}
-            wrong = sorted({name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)})
-            if wrong:
-                raise ValueError(
-                    f"{path} does not hold this model's parameters; {len(wrong)} differ, such as {wrong[0]}: stored "
-                    f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
-                )
-            read = [name for name in wanted if parts is None or name.split("/")[0] in parts]
-            return keymap.unflatten({name: file.get_tensor(name) for name in read})
+        file = stack.enter_context(safe_open(path, framework="np"))
+        slices = {name: file.get_slice(name) for name in list(file.keys())}
+        stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; copy or export the bundle again") from None
+    wanted = {name: (leaf.shape, "F32") for name, leaf in shapes.items()}
+    wrong = sorted({name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)})
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold this model's parameters; {len(wrong)} differ, such as {wrong[0]}: stored "
+            f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
+        )
+    return {name: Leaf(stored[name][0], slices[name]) for name in wanted}
 
 
 def _downloaded(address: str) -> Path:

@@ -1,12 +1,19 @@
 """Published GigaTok tokenizer checkpoints ↔ ours (key names of SilentView/GigaTok)."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from gigatok_jax import config
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.tokenizers.gigatok import latent_grid
 
-DROPPABLE = ("quantize.codebook_used",)  # a ring buffer of recent ids, refilled by training
+# A ring buffer of recent ids, refilled by training; made anew as the published code starts it.
+BUFFERS = {"quantize.codebook_used": np.zeros(65536, np.float32)}
+DROPPABLE = tuple(BUFFERS)
+HEAD = 64  # channels of an attention head, at every published size
 
 
 def _conv(key: str, path: str, out: int, inp: int, size: int) -> Iterator[Entry]:
@@ -145,3 +152,44 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
         *_vit_decoder(cfg, height * width, one_d),
         *_conv_decoder(cfg),
     ]
+
+
+def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The `tokenizer` section of a checkpoint, by the shapes of its tensors; what shapes do not tell is as published.
+
+    Raises:
+      KeyError, ValueError: where the tensors are no GigaTok tokenizer's.
+    """
+    one_d = "s2to1encoder.encoder_embed.weight" in shapes
+    encoder, decoder = ("s2to1encoder", "s1to2decoder") if one_d else ("s2dencoder", "s2ddecoder")
+
+    def count(pattern: str) -> int:
+        return len({match[1] for key in shapes if (match := re.match(pattern, key))})
+
+    base, features = shapes["encoder.conv_in.weight"][0], shapes["encoder.conv_out.weight"][0]
+    widths = [
+        shapes[f"encoder.conv_blocks.{level}.res.0.conv2.weight"][0]
+        for level in range(count(r"encoder\.conv_blocks\.(\d+)\."))
+    ]
+    cells, factor = shapes[f"{encoder}.positional_embedding"][0], 2 ** (len(widths) - 1)
+    section = config.gigatok_tokenizer().to_dict()
+    section |= {
+        "layout": "1d" if one_d else "2d",
+        "image_size": round(cells**0.5) * factor,
+        "num_latent_tokens": shapes[f"{encoder}.latent_token_positional_embedding"][0] if one_d else cells,
+        "features": features,
+        "conv_base": base,
+        "conv_multipliers": [width // base for width in widths],
+        "encoder_conv_blocks": count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "decoder_conv_blocks": count(r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "codebook_size": shapes["quantize.embedding.weight"][0],
+        "code_dim": shapes["quantize.embedding.weight"][1],
+        "teacher_dim": shapes.get(f"{decoder}.distill_mlp.4.weight", (0,))[0],
+    }
+    for side, key in (("encoder", encoder), ("decoder", decoder)):
+        width, depth = shapes[f"{key}.{side}_embed.weight"][0], count(rf"{key}\.transformer\.(\d+)\.")
+        section |= {f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": max(width // HEAD, 1)}
+    section["distill_layer"] = min(section["distill_layer"], section["decoder_depth"])
+    if f"{encoder}.transformer.0.multihead_attn.in_proj_bias" in shapes and not one_d:
+        section["layer_2d"] = "qformer"
+    return section

@@ -1,12 +1,15 @@
 """Published GPT checkpoints (SilentView/GigaTok `gpt_1d`, FoundationVision/LlamaGen `gpt`) ↔ our AR generator."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gigatok_jax import config
 from gigatok_jax.generators.ar import hidden_width
 from gigatok_jax.hub.keymap import Entry
 
-DROPPABLE = ("freqs_cis",)
+BUFFERS: dict[str, Any] = {}  # none is published: the table of rotations is made where it is used
+DROPPABLE = tuple(BUFFERS)
 
 
 def _weight(key: str, paths: tuple[str, ...], out: int, inp: int, layer: int | None = None) -> Entry:
@@ -62,3 +65,34 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
     if cfg["modulation"] != "none":
         listed.extend(_biased("final_adaLN.1", "modulate_out", 2 * width, width))
     return listed
+
+
+def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The `generator` section of a checkpoint, by the shapes of its tensors; what shapes do not tell is as published.
+
+    Raises:
+      KeyError: where the tensors are no GPT's.
+    """
+    codes, width = shapes["tok_embeddings.weight"]
+    learned = "positional_embedding" in shapes
+    section = config.ar_generator().to_dict()
+    heads = {(width, depth): heads for width, depth, heads in config.GPT_SIZES.values()}
+    depth = len({match[1] for key in shapes if (match := re.match(r"layers\.(\d+)\.", key))})
+    hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+    multiples = (m for m in (section["hidden_multiple"], 128, 64, 32, 16) if hidden_width(width, m) == hidden)
+    section |= {
+        "width": width,
+        "hidden_multiple": next(multiples, section["hidden_multiple"]),
+        "depth": depth,
+        "heads": heads.get((width, depth), max(width // 64, 1)),
+        "codebook_size": codes,
+        "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
+        "positions": "learned" if learned else "rope_2d",
+        "qk_norm": "layers.0.attention.q_norm.weight" in shapes,
+        "modulation": "shared_adaln" if "adaLN.1.weight" in shapes else "none",
+    }
+    if "layers.0.adaLN_modulation.1.weight" in shapes:
+        section["modulation"] = "adaln"
+    if learned:
+        section["num_latent_tokens"] = shapes["positional_embedding"][0] - 1
+    return section

@@ -4,7 +4,7 @@ Each model's list is enumerated from its config, so a key is unknown, missing or
 and never by a pattern that happens to match.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,8 +72,8 @@ def check_keys(entries: Iterable[Entry], state: Mapping[str, Any], droppable: tu
     _compare({entry.key: entry.shape for entry in entries}, state, droppable)
 
 
-def _check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
-    """As `check_keys`, for our leaves by path."""
+def check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
+    """As `check_keys`, for our leaves by path (anything with a shape)."""
     want: dict[str, tuple[int, ...]] = {}
     for entry in entries:
         part = entry.shape if len(entry.paths) == 1 else (entry.shape[0] // len(entry.paths), *entry.shape[1:])
@@ -101,15 +101,28 @@ def from_published(
 ) -> dict[str, Any]:
     """Published tensors → our nested parameter dict (numpy)."""
     check_keys(entries, state, droppable)
-    flat: dict[str, Any] = {}
+    read = leaf_reader(entries, state)
+    return unflatten({path: read(path) for path in dict.fromkeys(path for entry in entries for path in entry.paths)})
+
+
+def leaf_reader(entries: Iterable[Entry], state: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
+    """Gives our leaf of a path; of `state`, whose keys were checked, no more is read than it takes."""
+    sources: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
-        for path, part in zip(entry.paths, np.split(np.asarray(state[entry.key]), len(entry.paths))):
-            part = np.ascontiguousarray(to_ours(part, entry.kind))
+        for part, path in enumerate(entry.paths):
+            sources.setdefault(path, []).append((entry, part))
+
+    def read(path: str) -> np.ndarray:
+        leaf: np.ndarray | None = None
+        for entry, part in sources[path]:
+            piece = to_ours(np.split(np.asarray(state[entry.key]), len(entry.paths))[part], entry.kind)
             if entry.layer is None:
-                flat[path] = part
-            else:
-                flat.setdefault(path, {})[entry.layer] = part
-    return unflatten({p: np.stack([v[i] for i in sorted(v)]) if isinstance(v, dict) else v for p, v in flat.items()})
+                return np.ascontiguousarray(piece)
+            leaf = np.empty((len(sources[path]), *piece.shape), piece.dtype) if leaf is None else leaf
+            leaf[entry.layer] = piece
+        return leaf
+
+    return read
 
 
 def into_published(entries: list[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -119,15 +132,15 @@ def into_published(entries: list[Entry], params: Mapping[str, Any]) -> dict[str,
       ValueError: listing all unknown, missing and misshapen leaves.
     """
     flat = flatten(params)
-    _check_leaves(entries, flat)
-    state = {}
-    for entry in entries:
-        parts = [
-            np.asarray(flat[path]) if entry.layer is None else np.asarray(flat[path][entry.layer])
-            for path in entry.paths
-        ]
-        state[entry.key] = np.ascontiguousarray(np.concatenate([to_published(part, entry.kind) for part in parts]))
-    return state
+    check_leaves(entries, flat)
+    return {entry.key: published_tensor(entry, flat) for entry in entries}
+
+
+def published_tensor(entry: Entry, flat: Mapping[str, Any]) -> np.ndarray:
+    """One published tensor of our leaves by path, which were checked; of a stack one layer is read."""
+    at = slice(None) if entry.layer is None else entry.layer
+    parts = [to_published(np.asarray(flat[path][at]), entry.kind) for path in entry.paths]
+    return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Pickled arrays read without running what the pickle says: for conversion only, nothing is unpickled at run time.
 
-A pickle is a program. The readers here know a closed list of names, all of which build numpy arrays; a pickle that
-names anything else is refused.
+A pickle is a program. The readers here know a closed list of names, all of which build numpy arrays or inert records; a
+pickle that names anything else is refused. This is stricter than PyTorch's own `weights_only`, and needs no PyTorch.
 """
 
 import collections
+import contextlib
+import functools
 import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,21 +71,46 @@ def read_numpy_pickle(data: bytes) -> Any:
     return tree
 
 
-def read_torch(path: str | Path) -> dict[str, np.ndarray]:
-    """A state dict saved by `torch.save`, in the zip format or the older one, without torch.
+class StoredTensor:
+    """A tensor that lies in the file `path`, of known shape and dtype, and is read at each `numpy.asarray` of it."""
+
+    def __init__(self, path: str | Path, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+        self.path, self.shape, self.dtype, self._read = path, tuple(shape), np.dtype(dtype), read
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with reading(self.path):
+            return np.require(self._read(), dtype, "C")
+
+
+class Storage(NamedTuple):
+    """A flat run of values of a file."""
+
+    dtype: np.dtype
+    count: int
+    read: Callable[[], np.ndarray]
+
+
+class Inert:
+    """In place of an object that a checkpoint keeps beside its tensors, such as its program's arguments."""
+
+
+@contextlib.contextmanager
+def open_torch(path: str | Path) -> Iterator[Any]:
+    """What `torch.save` wrote, in the zip format or the older one, without torch; tensors are `StoredTensor`s.
 
     Raises:
       OSError: where there is no such file, or it may not be read.
-      ValueError: naming the file, for a pickle that calls anything but tensor constructors or is no flat dict of
-        tensors, and for a damaged file.
+      ValueError: naming the file, for a pickle that calls anything but tensor constructors, and for a damaged file.
     """
-    with reading(path), open(path, "rb") as file:
-        zipped = zipfile.is_zipfile(file)
-        file.seek(0)
-        tree = _read_zip(file) if zipped else _read_legacy(file, Path(path).stat().st_size)
-        if not isinstance(tree, Mapping) or not all(isinstance(value, np.ndarray) for value in tree.values()):
-            raise ValueError("it holds no flat dict of tensors")
-        return {str(key): np.ascontiguousarray(value) for key, value in tree.items()}
+    with contextlib.ExitStack() as stack:
+        with reading(path):
+            file = stack.enter_context(open(path, "rb"))
+            if zipfile.is_zipfile(file):
+                tree = _read_zip(stack.enter_context(zipfile.ZipFile(file)), path)
+            else:
+                file.seek(0)
+                tree = _read_legacy(file, path)
+        yield tree
 
 
 def _check(tree: Any) -> None:
@@ -94,54 +121,71 @@ def _check(tree: Any) -> None:
         raise ValueError(f"a leaf of this pickle is {type(tree).__name__}, not an array of numbers")
 
 
-def _torch_names() -> dict[tuple[str, str], Any]:
+def _torch_names(path: str | Path) -> dict[tuple[str, str], Any]:
     names = {("torch", name): np.dtype(dtype) for name, dtype in _STORAGES.items()}
-    names["torch._utils", "_rebuild_tensor_v2"] = _tensor
+    names["torch._utils", "_rebuild_tensor_v2"] = functools.partial(_tensor, path)
     names["torch._utils", "_rebuild_parameter"] = lambda data, *_: data
+    names["torch", "Size"] = tuple
     names["collections", "OrderedDict"] = collections.OrderedDict
+    names["argparse", "Namespace"] = Inert
     return names
 
 
-def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
+def _tensor(
+    path: str | Path, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> StoredTensor:
     """A view of a flat storage; refuses one that would read outside it."""
-    if not isinstance(storage, np.ndarray) or len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+    if not isinstance(storage, Storage) or len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise ValueError("a tensor of this file is malformed")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if math.prod(size) and last >= storage.size:
+    if math.prod(size) and last >= storage.count:
         raise ValueError("a tensor of this file reaches outside its storage")
-    if not math.prod(size):
-        return np.zeros(size, storage.dtype)
-    strides = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+
+    def read() -> np.ndarray:
+        if not math.prod(size):
+            return np.zeros(size, storage.dtype)
+        strides = tuple(step * storage.dtype.itemsize for step in stride)
+        return np.lib.stride_tricks.as_strided(storage.read()[offset:], size, strides, writeable=False)
+
+    return StoredTensor(path, size, storage.dtype, read)
 
 
-def _read_zip(file: BinaryIO) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        programs = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(programs) != 1:
-            raise ValueError(f"torch.save writes one data.pkl, this zip holds {len(programs)}")
-        (program,) = programs
-        folder = program.removesuffix("data.pkl")
+def _read_zip(archive: zipfile.ZipFile, path: str | Path) -> Any:
+    programs = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(programs) != 1:
+        raise ValueError(f"torch.save writes one data.pkl, this zip holds {len(programs)}")
+    (program,) = programs
+    folder = program.removesuffix("data.pkl")
 
-        def storage(pid: Any) -> np.ndarray:
-            _, dtype, key, _, count = pid
-            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, count)
-
-        return _Reader(io.BytesIO(archive.read(program)), _torch_names(), storage).load()
-
-
-def _read_legacy(file: BinaryIO, file_size: int) -> Any:
-    """magic, protocol and system info, the tree with references to storages, their keys, then their raw values."""
-    storages: dict[str, np.ndarray] = {}
-
-    def storage(pid: Any) -> np.ndarray:
-        _, dtype, key, _, count, view = pid
-        if view is not None or count * dtype.itemsize > file_size:
+    def storage(pid: Any) -> Storage:
+        _, dtype, key, _, count = pid
+        member = archive.getinfo(f"{folder}data/{key}")
+        if not isinstance(count, int) or member.file_size < count * dtype.itemsize:
             raise ValueError("a storage of this file is malformed")
-        return storages.setdefault(key, np.empty(count, dtype))
+        return Storage(dtype, count, lambda: np.frombuffer(archive.read(member), dtype, count))
+
+    return _Reader(io.BytesIO(archive.read(program)), _torch_names(path), storage).load()
+
+
+def _read_legacy(file: BinaryIO, path: str | Path) -> Any:
+    """magic, protocol and system info, the tree with references to storages, their keys, then their raw values."""
+    file_size = Path(path).stat().st_size
+    places: dict[str, int] = {}
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: Any) -> Storage:
+        _, dtype, key, _, count, view = pid
+        if view is not None or not isinstance(count, int) or count * dtype.itemsize > file_size:
+            raise ValueError("a storage of this file is malformed")
+
+        def read() -> np.ndarray:
+            file.seek(places[key])
+            return np.frombuffer(file.read(count * dtype.itemsize), dtype)
+
+        return storages.setdefault(key, Storage(dtype, count, read))
 
     def load(reference: Callable[..., Any] | None = None) -> Any:
-        return _Reader(file, _torch_names(), reference).load()
+        return _Reader(file, _torch_names(path), reference).load()
 
     try:
         magic = load()
@@ -152,6 +196,9 @@ def _read_legacy(file: BinaryIO, file_size: int) -> Any:
     load(), load()
     tree, keys = load(storage), load()
     for key in keys:
-        count = int(np.frombuffer(file.read(8), np.int64)[0])
-        storages[key][:] = np.frombuffer(file.read(count * storages[key].itemsize), storages[key].dtype)
+        file.seek(8, io.SEEK_CUR)  # the count again
+        places[key] = file.tell()
+        file.seek(storages[key].count * storages[key].dtype.itemsize, io.SEEK_CUR)
+    if storages.keys() - places.keys() or file.tell() > file_size:
+        raise ValueError("the file is cut short")
     return tree

