@@ -12,6 +12,7 @@ from gigatok_jax.config.defaults import (
     ar_generator,
     base,
     gigatok_tokenizer,
+    llamagen_tokenizer,
     set_vit,
     small_gigatok_tokenizer,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "base",
     "check_mesh",
     "gigatok_tokenizer",
+    "llamagen_tokenizer",
     "set_vit",
     "small_gigatok_tokenizer",
     "to_json",

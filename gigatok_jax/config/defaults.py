@@ -63,6 +63,31 @@ def gigatok_tokenizer() -> ConfigDict:
     )
 
 
+def llamagen_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of LlamaGen; sizes are those of VQ-16 at 256 px."""
+    return ConfigDict(
+        dict(
+            family="llamagen",
+            image_size=256,
+            num_latent_tokens=256,  # the grid's cells, in raster order
+            features=256,  # channels of the feature map
+            conv_base=128,
+            conv_multipliers=(1, 1, 2, 2, 4),
+            encoder_conv_blocks=2,
+            decoder_conv_blocks=3,
+            norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            codebook_size=16384,
+            code_dim=8,
+            codebook_chunk=4096,  # entries whose distances are in memory at once
+            estimator="straight_through",  # or "rotation"
+            teacher_dim=0,  # it has no distillation head
+            attention="xla",  # of the middle blocks: plain products
+            remat_convs=True,  # residual blocks keep their input only
+        )
+    )
+
+
 def small_gigatok_tokenizer(layout: str) -> ConfigDict:
     """A GigaTok section that a laptop trains: 32 px, 64 latent tokens, narrow convolutions, no distillation head."""
     section = gigatok_tokenizer()

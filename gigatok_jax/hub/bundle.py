@@ -28,7 +28,7 @@ SCHEMA = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = ("schema", "kind", "section", "class_names", "tokenizer", "provenance", "weights_sha256", "hash")
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
-    "tokenizer": {"gigatok": config.gigatok_tokenizer},
+    "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
     "generator": {"ar": config.ar_generator},
 }
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gigatok_jax import config
+from gigatok_jax.hub.conv_keys import conv, dense, norm, resnet
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.tokenizers.gigatok import latent_grid
 
@@ -16,71 +17,42 @@ DROPPABLE = tuple(BUFFERS)
 HEAD = 64  # channels of an attention head, at every published size
 
 
-def _conv(key: str, path: str, out: int, inp: int, size: int) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", (f"{path}/kernel",), "conv", (out, inp, size, size))
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (out,))
-
-
-def _dense(key: str, path: str, out: int, inp: int, layer: int | None = None, kind: str = "dense") -> Iterator[Entry]:
-    shape = (out, inp) if kind == "dense" else (out, inp, 1, 1)
-    yield Entry(f"{key}.weight", (f"{path}/kernel",), kind, shape, layer)
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (out,), layer)
-
-
-def _norm(key: str, path: str, width: int, layer: int | None = None) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", (f"{path}/scale",), "vector", (width,), layer)
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (width,), layer)
-
-
-def _resnet(key: str, path: str, inp: int, out: int) -> Iterator[Entry]:
-    yield from _norm(f"{key}.norm1", f"{path}/norm1", inp)
-    yield from _conv(f"{key}.conv1", f"{path}/conv1", out, inp, 3)
-    yield from _norm(f"{key}.norm2", f"{path}/norm2", out)
-    yield from _conv(f"{key}.conv2", f"{path}/conv2", out, out, 3)
-    if inp != out:
-        yield from _conv(f"{key}.nin_shortcut", f"{path}/shortcut", out, inp, 1)
-
-
 def _conv_encoder(cfg: Mapping[str, Any]) -> Iterator[Entry]:
     widths = [cfg["conv_base"] * multiplier for multiplier in cfg["conv_multipliers"]]
     ours = "encoder/cnn"
-    yield from _conv("encoder.conv_in", f"{ours}/conv_in", cfg["conv_base"], 3, 3)
+    yield from conv("encoder.conv_in", f"{ours}/conv_in", cfg["conv_base"], 3, 3)
     inp = cfg["conv_base"]
     for level, out in enumerate(widths):
         for block in range(cfg["encoder_conv_blocks"]):
-            yield from _resnet(
-                f"encoder.conv_blocks.{level}.res.{block}", f"{ours}/level{level}_block{block}", inp, out
-            )
+            yield from resnet(f"encoder.conv_blocks.{level}.res.{block}", f"{ours}/level{level}_block{block}", inp, out)
             inp = out
         if level < len(widths) - 1:
-            yield from _conv(f"encoder.conv_blocks.{level}.downsample.conv", f"{ours}/level{level}_down", out, out, 3)
+            yield from conv(f"encoder.conv_blocks.{level}.downsample.conv", f"{ours}/level{level}_down", out, out, 3)
     for block in range(2):
-        yield from _resnet(f"encoder.mid.{block}", f"{ours}/mid{block}", inp, inp)
-    yield from _norm("encoder.norm_out", f"{ours}/norm_out", inp)
-    yield from _conv("encoder.conv_out", f"{ours}/conv_out", cfg["features"], inp, 3)
+        yield from resnet(f"encoder.mid.{block}", f"{ours}/mid{block}", inp, inp)
+    yield from norm("encoder.norm_out", f"{ours}/norm_out", inp)
+    yield from conv("encoder.conv_out", f"{ours}/conv_out", cfg["features"], inp, 3)
 
 
 def _conv_decoder(cfg: Mapping[str, Any]) -> Iterator[Entry]:
     widths = [cfg["conv_base"] * multiplier for multiplier in reversed(cfg["conv_multipliers"])]
     ours = "decoder/cnn"
     inp = widths[0]
-    yield from _conv("decoder.conv_in", f"{ours}/conv_in", inp, cfg["features"], 3)
+    yield from conv("decoder.conv_in", f"{ours}/conv_in", inp, cfg["features"], 3)
     for block in range(2):
-        yield from _resnet(f"decoder.mid.{block}", f"{ours}/mid{block}", inp, inp)
+        yield from resnet(f"decoder.mid.{block}", f"{ours}/mid{block}", inp, inp)
     for level, out in enumerate(widths):
         for theirs, name in (("gamma", "scale"), ("beta", "bias")):
             path = f"{ours}/level{level}_adaptive/{name}"
-            yield from _dense(f"decoder.adaptive.{level}.{theirs}", path, inp, cfg["features"])
+            yield from dense(f"decoder.adaptive.{level}.{theirs}", path, inp, cfg["features"])
         for block in range(cfg["decoder_conv_blocks"]):
-            yield from _resnet(
-                f"decoder.conv_blocks.{level}.res.{block}", f"{ours}/level{level}_block{block}", inp, out
-            )
+            yield from resnet(f"decoder.conv_blocks.{level}.res.{block}", f"{ours}/level{level}_block{block}", inp, out)
             inp = out
         if level < len(widths) - 1:
             path = f"{ours}/level{level}_up"
-            yield from _conv(f"decoder.conv_blocks.{level}.upsample.conv1", path, 4 * out, out, 3)
-    yield from _norm("decoder.norm_out", f"{ours}/norm_out", inp)
-    yield from _conv("decoder.conv_out", f"{ours}/conv_out", 3, inp, 3)
+            yield from conv(f"decoder.conv_blocks.{level}.upsample.conv1", path, 4 * out, out, 3)
+    yield from norm("decoder.norm_out", f"{ours}/norm_out", inp)
+    yield from conv("decoder.conv_out", f"{ours}/conv_out", 3, inp, 3)
 
 
 def _stack(key: str, path: str, width: int, depth: int, cross: bool) -> Iterator[Entry]:
@@ -93,11 +65,11 @@ def _stack(key: str, path: str, width: int, depth: int, cross: bool) -> Iterator
             kernels, biases = tuple(p + "/kernel" for p in packed), tuple(p + "/bias" for p in packed)
             yield Entry(f"{k}.in_proj_weight", kernels, "dense", (3 * width, width), n)
             yield Entry(f"{k}.in_proj_bias", biases, "vector", (3 * width,), n)
-            yield from _dense(f"{k}.out_proj", f"{path}/{ours}/out", width, width, n)
-        yield from _dense(f"{key}.{n}.linear1", f"{path}/mlp/in", 4 * width, width, n)
-        yield from _dense(f"{key}.{n}.linear2", f"{path}/mlp/out", width, 4 * width, n)
-        for index, norm in enumerate(norms, 1):
-            yield from _norm(f"{key}.{n}.norm{index}", f"{path}/{norm}", width, n)
+            yield from dense(f"{k}.out_proj", f"{path}/{ours}/out", width, width, n)
+        yield from dense(f"{key}.{n}.linear1", f"{path}/mlp/in", 4 * width, width, n)
+        yield from dense(f"{key}.{n}.linear2", f"{path}/mlp/out", width, 4 * width, n)
+        for index, ours in enumerate(norms, 1):
+            yield from norm(f"{key}.{n}.norm{index}", f"{path}/{ours}", width, n)
 
 
 def _table(key: str, path: str, positions: int, width: int) -> Entry:
@@ -107,16 +79,16 @@ def _table(key: str, path: str, positions: int, width: int) -> Entry:
 def _vit_encoder(cfg: Mapping[str, Any], cells: int, one_d: bool) -> Iterator[Entry]:
     key, width, features = ("s2to1encoder" if one_d else "s2dencoder"), cfg["encoder_width"], cfg["features"]
     yield _table(f"{key}.positional_embedding", "encoder/memory_pos", cells, width)
-    yield from _dense(f"{key}.encoder_embed", "encoder/embed", width, features)
-    yield from _norm(f"{key}.ln_pre", "encoder/norm_in", features)
+    yield from dense(f"{key}.encoder_embed", "encoder/embed", width, features)
+    yield from norm(f"{key}.ln_pre", "encoder/norm_in", features)
     if one_d:
         latent = f"{key}.latent_token_positional_embedding"
         yield _table(latent, "encoder/query_pos", cfg["num_latent_tokens"], width)
-        yield from _dense(f"{key}.global_proj", "encoder/query_proj", width, width)
+        yield from dense(f"{key}.global_proj", "encoder/query_proj", width, width)
     cross = one_d or cfg["layer_2d"] == "qformer"
     yield from _stack(f"{key}.transformer", "encoder/stack/layers", width, cfg["encoder_depth"], cross)
-    yield from _norm(f"{key}.ln_post", "encoder/norm_out", width)
-    yield from _dense(f"{key}.conv_out", "encoder/project", features, width, kind="conv1x1")
+    yield from norm(f"{key}.ln_post", "encoder/norm_out", width)
+    yield from dense(f"{key}.conv_out", "encoder/project", features, width, kind="conv1x1")
 
 
 def _vit_decoder(cfg: Mapping[str, Any], cells: int, one_d: bool) -> Iterator[Entry]:
@@ -125,16 +97,16 @@ def _vit_decoder(cfg: Mapping[str, Any], cells: int, one_d: bool) -> Iterator[En
     if one_d:
         latent = f"{key}.latent_token_positional_embedding"
         yield _table(latent, "decoder/memory_pos", cfg["num_latent_tokens"], width)
-    yield from _dense(f"{key}.decoder_embed", "decoder/embed", width, features)
-    yield from _norm(f"{key}.ln_pre", "decoder/norm_in", features)
+    yield from dense(f"{key}.decoder_embed", "decoder/embed", width, features)
+    yield from norm(f"{key}.ln_pre", "decoder/norm_in", features)
     cross = one_d or cfg["layer_2d"] == "qformer"
     yield from _stack(f"{key}.transformer", "decoder/stack/layers", width, cfg["decoder_depth"], cross)
-    yield from _norm(f"{key}.ln_post", "decoder/norm_out", width)
-    yield from _conv(f"{key}.conv_out", "decoder/project", features, width, 3)
+    yield from norm(f"{key}.ln_post", "decoder/norm_out", width)
+    yield from conv(f"{key}.conv_out", "decoder/project", features, width, 3)
     if cfg["teacher_dim"]:
         widths = (width, 4 * width, 4 * width, cfg["teacher_dim"])
         for index, (inp, out) in enumerate(zip(widths, widths[1:])):
-            yield from _dense(f"{key}.distill_mlp.{2 * index}", f"decoder/distill/layer{index}", out, inp)
+            yield from dense(f"{key}.distill_mlp.{2 * index}", f"decoder/distill/layer{index}", out, inp)
 
 
 def entries(cfg: Mapping[str, Any]) -> list[Entry]:
@@ -146,9 +118,9 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
     return [
         *_conv_encoder(cfg),
         *_vit_encoder(cfg, height * width, one_d),
-        *_dense("quant_conv", "encoder/to_latents", cfg["code_dim"], cfg["features"], kind="conv1x1"),
+        *dense("quant_conv", "encoder/to_latents", cfg["code_dim"], cfg["features"], kind="conv1x1"),
         Entry("quantize.embedding.weight", ("bottleneck/codebook",), "vector", (cfg["codebook_size"], cfg["code_dim"])),
-        *_dense("post_quant_conv", "decoder/from_latents", cfg["features"], cfg["code_dim"], kind="conv1x1"),
+        *dense("post_quant_conv", "decoder/from_latents", cfg["features"], cfg["code_dim"], kind="conv1x1"),
         *_vit_decoder(cfg, height * width, one_d),
         *_conv_decoder(cfg),
     ]

@@ -12,7 +12,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 
 import gigatok_jax
-from gigatok_jax.hub import bundle, gigatok, gpt, keymap
+from gigatok_jax.hub import bundle, gigatok, gpt, keymap, llamagen
 from gigatok_jax.hub.published import opened
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
@@ -55,6 +55,15 @@ LAYOUTS: dict[str, ModelLayout] = {
         tested=_RECORDED,
         keys=gpt,
         requires={"positions": "learned"},
+    ),
+    "llamagen": ModelLayout(
+        kind="tokenizer",
+        what="LlamaGen's VQ-16 and VQ-8 tokenizers, for any image size",
+        source=_LLAMAGEN,
+        licence="MIT",
+        tested="the published code's keys and outputs on the same weights",
+        keys=llamagen,
+        requires={"family": "llamagen"},
     ),
     "llamagen-gpt": ModelLayout(
         kind="generator",

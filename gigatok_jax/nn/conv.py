@@ -137,25 +137,30 @@ class ConvDecoder(_ConvNet):
     """Feature map → image, spatial factor 2^(levels − 1); unbounded output.
 
     Each level starts with an adaptive group norm whose style is the decoder's own input, and ends (but the last) with
-    a convolution to 4C and a depth-to-space.
+    a convolution to 4C and a depth-to-space. A `plain` one has no such norms, and doubles by repeating pixels before a
+    convolution, as VQGAN's.
     """
 
     blocks: int = 3
     scale_init: float = 0.0
     out_channels: int = 3
+    plain: bool = False
 
     @nn.compact
     def __call__(self, z_BHWC: jax.Array) -> jax.Array:
         z_BHWC = z_BHWC.astype(self.dtype)
         x = self.middle(self.conv(self.base * self.multipliers[-1], "conv_in")(z_BHWC))
         for level, multiplier in enumerate(reversed(self.multipliers)):
-            norm = AdaptiveGroupNorm(
-                self.groups, self.scale_init, self.dtype, self.kernel_init, name=f"level{level}_adaptive"
-            )
-            x = norm(x, z_BHWC)
+            if not self.plain:
+                norm = AdaptiveGroupNorm(
+                    self.groups, self.scale_init, self.dtype, self.kernel_init, name=f"level{level}_adaptive"
+                )
+                x = norm(x, z_BHWC)
             for block in range(self.blocks):
                 attention = f"level{level}_attention{block}" if level == 0 else None
                 x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)
-            if level < len(self.multipliers) - 1:
+            if level < len(self.multipliers) - 1 and self.plain:
+                x = self.conv(x.shape[-1], f"level{level}_up")(x.repeat(2, axis=1).repeat(2, axis=2))
+            elif level < len(self.multipliers) - 1:
                 x = depth_to_space(self.conv(4 * x.shape[-1], f"level{level}_up")(x))
         return self.out(x, self.out_channels)

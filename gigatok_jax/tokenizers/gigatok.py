@@ -31,6 +31,15 @@ def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return (cfg["image_size"] // factor,) * 2
 
 
+def check_channels(cfg: Mapping[str, Any]) -> None:
+    """Raises ValueError where a convolution level's channels do not divide into the norms' groups."""
+    for channels in (cfg["conv_base"] * multiplier for multiplier in cfg["conv_multipliers"]):
+        if channels % cfg["norm_groups"]:
+            raise ValueError(
+                f"{channels} convolution channels do not divide into tokenizer.norm_groups={cfg['norm_groups']}"
+            )
+
+
 def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     """The tokenizer of a config's `tokenizer` section (see `config.gigatok_tokenizer` for the fields).
 
@@ -46,11 +55,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
             f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but a 2-D tokenizer at image_size="
             f"{cfg['image_size']} has {grid[0]}x{grid[1]}={grid[0] * grid[1]}"
         )
-    for channels in (cfg["conv_base"] * multiplier for multiplier in cfg["conv_multipliers"]):
-        if channels % cfg["norm_groups"]:
-            raise ValueError(
-                f"{channels} convolution channels do not divide into tokenizer.norm_groups={cfg['norm_groups']}"
-            )
+    check_channels(cfg)
     convs = dict(
         base=cfg["conv_base"],
         multipliers=tuple(cfg["conv_multipliers"]),

@@ -1,0 +1,35 @@
+"""Convolutional decoder: a grid of latents becomes an image."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.nn.conv import ConvDecoder
+from gigatok_jax.nn.initializers import fan_in_uniform
+
+
+class ConvolutionalDecoder(nn.Module):
+    """Latents (B, h·w, Z) in raster order → image (B, H, W, 3), unbounded (VQGAN, LlamaGen).
+
+    Tap in `out`: `pre_decoder_cnn` (B, h, w, `features`).
+    """
+
+    cnn: ConvDecoder
+    features: int
+    grid: tuple[int, int]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        uniform = fan_in_uniform(latents_BKZ.shape[-1])
+        x_BKC = nn.Dense(self.features, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="from_latents")(
+            latents_BKZ.astype(self.dtype)
+        )
+        map_BHWC = x_BKC.reshape(x_BKC.shape[0], *self.grid, self.features)
+        return self.decode_features(map_BHWC), {"pre_decoder_cnn": map_BHWC}
+
+    def decode_features(self, map_BHWC: jax.Array) -> jax.Array:
+        """The convolutional part alone: feature map → image."""
+        return self.cnn(map_BHWC)
