@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from gigatok_jax import config, objectives
+from gigatok_jax.discriminators.dino import DinoDiscriminator
+from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub.streaming import write_streamed
@@ -30,16 +32,22 @@ FIELDS = ("schema", "kind", "section", "class_names", "tokenizer", "provenance",
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
     "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
     "generator": {"ar": config.ar_generator},
+    "discriminator": {
+        "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
+        "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
+    },
 }
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 MAX_CONFIG_BYTES = 16 * 2**20
 
 
 class Bundle(NamedTuple):
     """What a folder holds.
 
-    kind: "tokenizer" or "generator".   section: the config section of that name.   params: nested numpy arrays.
+    kind: "tokenizer", "generator" or "discriminator".   section: the config section of that name.
+    params: nested numpy arrays; of a discriminator by collection, running statistics and spectral vectors too.
     class_names: of the data trained on.   tokenizer: of a generator, what wrote its ids ("hash" and sizes), else None.
     provenance: resolved config, step, versions, for people.   hash: names section and weights.
     """
@@ -69,20 +77,28 @@ class Bundle(NamedTuple):
 
 def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
     """The network of a section; raises ValueError for sizes that its family refuses."""
-    build = objectives.build_tokenizer if kind == "tokenizer" else lambda section, dtype: ar.build(section, dtype=dtype)
-    return build(section, jnp.dtype(dtype))
+    dtype = jnp.dtype(dtype)
+    if section["family"] == "patchgan":
+        return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
+    if section["family"] == "dino":
+        return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
+    # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
+    section = {**section, "attention": "xla"}
+    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
-    model = build_model(kind, {**section, "attention": "xla"})
+    model = build_model(kind, section)
     # Shapes alone: sizes that nobody has checked yet must not take memory.
-    if kind == "tokenizer":
-        inputs = [jax.ShapeDtypeStruct((1, section["image_size"], section["image_size"], 3), jnp.float32)]
-    else:
+    if kind == "generator":
         inputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, section["num_latent_tokens"]), (1,))]
-    shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x), *inputs)["params"]
-    return dict(sorted(keymap.flatten(shapes).items()))
+    else:
+        size = section["image_size"] if kind == "tokenizer" else JUDGED
+        inputs = [jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)]
+    options = {"train": False} if kind == "discriminator" else {}
+    shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x, **options), *inputs)
+    return dict(sorted(keymap.flatten(shapes if kind == "discriminator" else shapes["params"]).items()))
 
 
 def save(

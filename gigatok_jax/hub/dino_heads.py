@@ -18,6 +18,17 @@ def entries(num_heads: int, width: int) -> list[Entry]:
     return [entry for head in range(num_heads) for entry in _head(head, width)]
 
 
+def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The sizes of published heads as the section of a bundle; raises KeyError, ValueError where they are none."""
+    heads = {int(key.split(".")[1]) for key in shapes if key.startswith("heads.")}
+    return {"family": "dino", "width": shapes["heads.0.0.0.bias"][0], "num_heads": 1 + max(heads)}
+
+
+def section_entries(section: Mapping[str, Any]) -> list[Entry]:
+    """Every tensor of the heads of a section."""
+    return entries(section["num_heads"], section["width"])
+
+
 def dino_heads_from_published(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Published name → array, as `{"params": …, "spectral": …}`; heads and width are read off the state.
 

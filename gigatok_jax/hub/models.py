@@ -1,28 +1,38 @@
-"""Published checkpoints of tokenizers and generators ↔ bundles."""
+"""Published checkpoints of tokenizers, generators and discriminators ↔ bundles."""
 
 import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import ShapeDtypeStruct
 
 import gigatok_jax
-from gigatok_jax.hub import bundle, gigatok, gpt, keymap, llamagen
+from gigatok_jax.hub import bundle, dino_heads, gigatok, gpt, keymap, llamagen, patchgan
 from gigatok_jax.hub.published import opened
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
 
+class Keys(NamedTuple):
+    """The tensors of a kind of model.
+
+    section_of: shapes by published name → the config section.   entries: the section → its key list.
+    buffers: the section → the closed set of tensors that are dropped, with what they are made anew as.
+    """
+
+    section_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
+    entries: Callable[[Mapping[str, Any]], list[keymap.Entry]]
+    buffers: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] = lambda section: {}
+
+
 class ModelLayout(NamedTuple):
     """The form in which a project publishes a model.
 
-    keys: module with `section_of` (shapes → the section), `entries` (the section → its key list) and `BUFFERS`, the
-    closed set of tensors that are dropped, with what they are made anew as.
+    part: of a training checkpoint that holds it; "": as the published loaders choose.
     requires: fields of the section that another layout of the same keys has otherwise.
     """
 
@@ -31,12 +41,14 @@ class ModelLayout(NamedTuple):
     source: str
     licence: str
     tested: str
-    keys: ModuleType
+    keys: Keys
     requires: Mapping[str, Any]
+    part: str = ""
 
 
 _GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.com/FoundationVision/LlamaGen"
 _RECORDED = "recorded outputs of the published code; key lists of every published size"
+_used = lambda section: gigatok.BUFFERS  # noqa: E731
 LAYOUTS: dict[str, ModelLayout] = {
     "gigatok": ModelLayout(
         kind="tokenizer",
@@ -44,7 +56,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         source=_GIGATOK,
         licence="Apache-2.0",
         tested=_RECORDED,
-        keys=gigatok,
+        keys=Keys(gigatok.section_of, gigatok.entries, _used),
         requires={"family": "gigatok"},
     ),
     "gigatok-gpt": ModelLayout(
@@ -53,16 +65,36 @@ LAYOUTS: dict[str, ModelLayout] = {
         source=_GIGATOK,
         licence="Apache-2.0",
         tested=_RECORDED,
-        keys=gpt,
+        keys=Keys(gpt.section_of, gpt.entries),
         requires={"positions": "learned"},
+    ),
+    "gigatok-patchgan": ModelLayout(
+        kind="discriminator",
+        what="GigaTok's and LlamaGen's PatchGAN",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(patchgan.section_of, patchgan.section_entries, patchgan.buffers),
+        requires={},
+        part="discriminator",
+    ),
+    "gigatok-dino-disc": ModelLayout(
+        kind="discriminator",
+        what="the trained heads of GigaTok's DINO discriminator",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(dino_heads.section_of, dino_heads.section_entries),
+        requires={},
+        part="discriminator",
     ),
     "llamagen": ModelLayout(
         kind="tokenizer",
         what="LlamaGen's VQ-16 and VQ-8 tokenizers, for any image size",
         source=_LLAMAGEN,
         licence="MIT",
-        tested="the published code's keys and outputs on the same weights",
-        keys=llamagen,
+        tested="PyTorch on the same weights; key lists of the published code",
+        keys=Keys(llamagen.section_of, llamagen.entries, _used),
         requires={"family": "llamagen"},
     ),
     "llamagen-gpt": ModelLayout(
@@ -71,7 +103,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         source=_LLAMAGEN,
         licence="MIT",
         tested=_RECORDED,
-        keys=gpt,
+        keys=Keys(gpt.section_of, gpt.entries),
         requires={"positions": "rope_2d", "modulation": "none", "qk_norm": False},
     ),
 }
@@ -118,15 +150,16 @@ def convert_files(
       OSError: a file cannot be read or written.
     """
     layout = _layout(name)
-    with opened(paths, part) as state:
+    with opened(paths, part or layout.part) as state:
         provenance = {
             "from": name,
             "source": layout.source,
             "licence": layout.licence,
             "files": {path.name: sha256(path) for path in map(Path, paths)},
-            "part": part or "as the published loaders choose",
+            "part": part or layout.part or "as the published loaders choose",
         }
-        return write(name, state, out, fields, tokenizer=tokenizer, provenance=provenance, on_tensor=on_tensor)
+        facts = {"tokenizer": tokenizer, "provenance": provenance, "on_tensor": on_tensor}
+        return write(name, state, out, fields, **facts)
 
 
 def write(
@@ -135,15 +168,15 @@ def write(
     """As `convert`, into a folder; returns what its `config.json` holds."""
     layout = _layout(name)
     section = section_of(name, {key: tuple(np.shape(value)) for key, value in state.items()}, fields or {})
-    entries, dropped = layout.keys.entries(section), sorted(state.keys() & layout.keys.BUFFERS.keys())
+    entries, buffers = layout.keys.entries(section), layout.keys.buffers(section)
     try:
-        keymap.check_keys(entries, state, tuple(layout.keys.BUFFERS))
+        keymap.check_keys(entries, state, tuple(buffers))
     except ValueError as error:
         raise ValueError(f"these are not the weights of {layout.what}: {error}") from None
     read = keymap.leaf_reader(entries, state)
     provenance = {
         **facts.pop("provenance", {}),
-        "dropped": dropped,
+        "dropped": sorted(state.keys() & buffers.keys()),
         "versions": {"gigatok_jax": gigatok_jax.__version__},
     }
     float32 = lambda path: np.require(read(path), np.float32, "C")  # noqa: E731
@@ -187,7 +220,7 @@ def publish(
         entries = {entry.key: entry for entry in layout.keys.entries(content["section"])}
         keymap.check_leaves(entries.values(), leaves)
         shapes = {key: ShapeDtypeStruct(entry.shape, np.float32) for key, entry in entries.items()}
-        buffers = {key: value for key, value in layout.keys.BUFFERS.items() if key not in shapes}
+        buffers = layout.keys.buffers(content["section"])
 
         def read(key: str) -> np.ndarray:
             return keymap.published_tensor(entries[key], leaves) if key in entries else buffers[key]

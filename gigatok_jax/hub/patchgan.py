@@ -26,6 +26,22 @@ def entries(base: int, num_layers: int, kernel: int = 4, channels: int = 3) -> l
     ]
 
 
+def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The sizes of a published state as the section of a bundle; raises KeyError where it is no PatchGAN's."""
+    layers = sum(key.endswith("running_mean") for key in shapes)
+    return {"family": "patchgan", "base_channels": shapes["main.0.weight"][0], "num_layers": layers}
+
+
+def section_entries(section: Mapping[str, Any]) -> list[Entry]:
+    """Every tensor of the PatchGAN of a section."""
+    return entries(section["base_channels"], section["num_layers"])
+
+
+def buffers(section: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors that are dropped, as they are made anew."""
+    return {key: np.zeros((), np.int64) for key in _counters(section["num_layers"])}
+
+
 def patchgan_from_published(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Published name → array, as `{"params": …, "batch_stats": …}`; the sizes are read off the state.
 

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int8": "I8", "uint8": "U8"}
+DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int32": "I32",
+    "int64": "I64",
+    "int8": "I8",
+    "uint8": "U8",
+}
 
 
 def write_streamed(
@@ -35,7 +43,7 @@ def write_streamed(
     header, offset = {}, 0
     for name, leaf in shapes.items():
         if str(leaf.dtype) not in DTYPES:
-            raise ValueError(f"{name} has dtype {leaf.dtype}; a bundle holds {', '.join(DTYPES)}")
+            raise ValueError(f"{name} has dtype {leaf.dtype}; a file holds {', '.join(DTYPES)}")
         end = offset + int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
         header[name] = {"dtype": DTYPES[str(leaf.dtype)], "shape": list(leaf.shape), "data_offsets": [offset, end]}
         offset = end
@@ -51,7 +59,7 @@ def write_streamed(
 
             put(len(text).to_bytes(8, "little") + text)
             for done, (name, leaf) in enumerate(shapes.items(), 1):
-                tensor = np.ascontiguousarray(read(name))
+                tensor = np.asarray(read(name), order="C")
                 if tensor.shape != tuple(leaf.shape) or tensor.dtype != leaf.dtype:
                     raise ValueError(
                         f"{name} is {tensor.dtype}{list(tensor.shape)}, announced as {leaf.dtype}{list(leaf.shape)}"

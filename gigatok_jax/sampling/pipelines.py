@@ -32,7 +32,10 @@ def from_pretrained(
       FileNotFoundError, ValueError, ImportError: as `hub.bundle.load`.
     """
     bundle = load(path)
-    return (TokenizerPipeline if bundle.kind == "tokenizer" else GeneratorPipeline)(bundle, dtype=dtype, mesh=mesh)
+    kinds = {"tokenizer": TokenizerPipeline, "generator": GeneratorPipeline}
+    if bundle.kind not in kinds:
+        raise ValueError(f"{path} is a bundle of a {bundle.kind}; one of a {' or '.join(kinds)} is wanted")
+    return kinds[bundle.kind](bundle, dtype=dtype, mesh=mesh)
 
 
 class _Pipeline:

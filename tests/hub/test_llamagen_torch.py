@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gigatok_jax import config
 from gigatok_jax.hub import llamagen, models
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from tests.compare import assert_close_tree
@@ -70,7 +71,7 @@ class Net:
 
 
 def test_ids_and_images_of_the_same_weights(torch):
-    entries = llamagen.entries({**models.LAYOUTS["llamagen"].keys.config.llamagen_tokenizer().to_dict(), **SIZES})
+    entries = llamagen.entries(config.llamagen_tokenizer().to_dict() | SIZES)
     state = seeded(entries)
     tokenizer = TokenizerPipeline(models.convert("llamagen", state, SIZES))
     net, images = Net(torch, state), np.random.default_rng(0).random((2, 16, 16, 3), np.float32)

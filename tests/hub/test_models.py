@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import gigatok_jax
 from gigatok_jax import config, convert
 from gigatok_jax.hub import bundle, gigatok, gpt, llamagen, models
+from tests.compare import assert_close_tree
 from tests.teachers.seeded import seeded
 from tests.tiny import config_module, published_nano, tiny_generator
 
@@ -25,6 +27,8 @@ RECORDED = {
     "gpt_adaln": ("gigatok-gpt", GPT),
     "gpt_simpleadaln": ("gigatok-gpt", GPT),
     "gpt_gpt2d": ("llamagen-gpt", GPT),
+    "patchgan": ("gigatok-patchgan", {}),
+    "dinodisc_heads": ("gigatok-dino-disc", {}),
 }
 
 
@@ -37,7 +41,7 @@ def test_recorded_states_go_round_byte_for_byte(golden, tmp_path, name):
     assert bundle.load(tmp_path / "bundle").hash == content["hash"]
     models.publish(layout, tmp_path / "bundle", tmp_path / "back.safetensors")
     got, want = load_file(tmp_path / "back.safetensors"), load_file(path)
-    buffers = models.LAYOUTS[layout].keys.BUFFERS.keys()
+    buffers = models.LAYOUTS[layout].keys.buffers(content["section"]).keys()
     assert content["provenance"]["dropped"] == sorted(want.keys() & buffers)
     assert got.keys() == want.keys() | buffers
     for key in want.keys() - buffers:
@@ -89,6 +93,20 @@ def told_by_shapes(section):
     for field in ("estimator", "attention", "remat", "remat_convs", "unroll", "codebook_chunk", "dropout"):
         kept.pop(field, None)
     return kept
+
+
+@pytest.mark.golden
+def test_a_converted_tokenizer_gives_the_recorded_ids_and_images(golden, tmp_path):
+    want = np.load(golden / "gigatok" / "tok_1d_rot_eval.npz")
+    path = golden / "gigatok" / "tok_1d_rot_state.safetensors"
+    models.convert_files("gigatok", [path], tmp_path, fields=TOKENIZER)
+    tokenizer = gigatok_jax.from_pretrained(tmp_path)
+    ids = want["indices"].reshape(2, -1)
+    got = tokenizer.tokenize(0.5 * want["x"].transpose(0, 2, 3, 1) + 0.5)
+    sure = want["top2_distance_margin"].reshape(ids.shape) > 1e-5
+    np.testing.assert_array_equal(got[sure], ids[sure])
+    images = tokenizer.detokenize(ids, float_images=True)
+    assert_close_tree(images, np.clip(0.5 * want["pixel_from_code"].transpose(0, 2, 3, 1) + 0.5, 0, 1))
 
 
 @pytest.mark.golden
