@@ -39,6 +39,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "test": [*DEMO, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "dm-pix>=0.4"],
+        "hub": ["huggingface_hub>=1.0"],  # "hf://owner/name@revision"
         "parity": ["torch==2.13.*"],  # what the tests marked so compare with
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

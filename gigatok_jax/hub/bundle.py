@@ -147,7 +147,7 @@ def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...
     """Reads and checks a bundle.
 
     Args:
-      path: its folder, or "hf://owner/name" with "@revision" to be downloaded from Hugging Face.
+      path: its folder, or "hf://owner/name@revision", downloaded once from Hugging Face.
       kind: what it must be.
       parts: the parameters to read, by the first names of their paths; all of them if None.
 
@@ -286,14 +286,18 @@ def _open_weights(
 
 
 def _downloaded(address: str) -> Path:
-    """Fetches a bundle's two files of a Hugging Face repository."""
+    """The folder of a bundle of a Hugging Face repository; fetched once, then read without a network."""
     name, _, revision = address.removeprefix("hf://").partition("@")
-    if name.count("/") != 1:
-        raise ValueError(f"{address} should read hf://owner/name or hf://owner/name@revision")
+    if name.count("/") != 1 or not revision:
+        raise ValueError(
+            f"{address} should read hf://owner/name@revision: a commit or tag says which weights are meant"
+        )
+    # A folder of its own: in the hub's cache the files are links that leave theirs.
+    folder = Path("~/.cache/gigatok_jax/bundles").expanduser() / f"{name.replace('/', '--')}@{revision}"
+    if all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+        return folder
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"{address} needs the package huggingface_hub: pip install huggingface_hub") from None
-    folder = Path("~/.cache/gigatok_jax/bundles").expanduser() / f"{name.replace('/', '--')}@{revision or 'main'}"
-    # A folder of its own: in the hub's cache the files are links that leave theirs.
-    return Path(snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=[CONFIG, WEIGHTS]))
+        raise ImportError(f"{address} needs the package huggingface_hub: pip install 'gigatok_jax[hub]'") from None
+    return Path(snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=[CONFIG, WEIGHTS]))
