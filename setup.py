@@ -25,6 +25,7 @@ CORE = [
 ]
 # Real photographs that come inside the wheels of two well-kept libraries.
 DEMO = ["scikit-image>=0.26", "scikit-learn>=1.5"]
+INT8 = ["qwix>=0.1.8"]  # sampling with int8 weights
 
 setup(
     name="gigatok_jax",
@@ -38,8 +39,9 @@ setup(
     install_requires=CORE,
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "dm-pix>=0.4"],
+        "test": [*DEMO, *INT8, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "dm-pix>=0.4"],
         "hub": ["huggingface_hub>=1.0"],  # "hf://owner/name@revision"
+        "int8": INT8,
         "parity": ["torch==2.13.*"],  # what the tests marked so compare with
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

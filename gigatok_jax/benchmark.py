@@ -1,7 +1,8 @@
 """Times a config's real train step, encode and decode, or sampling, on synthetic inputs; or its input on its real data.
 
     python -m gigatok_jax.benchmark --config=configs/quickstart.py --steps=10 --what=train,encode,decode
-    python -m gigatok_jax.benchmark --config=configs/ar.py:b --what=sample --scale=1.75 --config.global_batch=4
+    python -m gigatok_jax.benchmark --config=configs/ar.py:b --what=sample --scale=1.75 --dtype=int8 \\
+        --config.global_batch=4
     python -m gigatok_jax.benchmark --config=configs/quickstart.py --steps=100 --what=input --pace_ms=150
 
 Input takes the config's batches as an accelerator of that pace would (0: as fast as they come) and says how long it
@@ -20,10 +21,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import train_state
-from gigatok_jax.benchmarks.inference import fresh_params, inference_call, sample_call, sampling_bytes
+from gigatok_jax.benchmarks.inference import fresh_params, held, inference_call, sample_call, sampling_bytes
 from gigatok_jax.benchmarks.inputs import input_speed
 from gigatok_jax.benchmarks.timing import describe, measure, memory_gib_per_second
 from gigatok_jax.benchmarks.training import Setup, build, train_call
+from gigatok_jax.sampling.precision import DTYPES
 
 WHAT = {"tokenizer": ("train", "encode", "decode"), "ar": ("train", "sample")}
 
@@ -36,6 +38,7 @@ def benchmark(
     warmup: int = 2,
     step: int | None = None,
     scale: float = 1.0,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Facts of the machine and the config, and one record per name in `what`; prints each record when it is there.
 
@@ -43,16 +46,18 @@ def benchmark(
     `median_ms`, `min_ms` and `max_ms` of a call waited for, `images_per_second` and `gflops_per_second` (10⁹ FLOP/s
     over all devices) at the median, `flops_per_image` and `flops_notes` (see `scaling.flops`: recomputation is
     counted), and `compiler_peak_mib`: MiB per device by the compiler's account, not measured; None where it gives
-    none. That of "sample" has `tokens_per_second`, and `bandwidth_fraction`: the time that reading weights and cache
-    takes at the bandwidth of a copy, `memory_gib_per_second`, over the time it took.
+    none. That of "sample" has its `dtype`, `tokens_per_second`, and `bandwidth_fraction`: the time that reading weights
+    and cache takes at the bandwidth of a copy, `memory_gib_per_second`, over the time it took.
 
     Args:
       what: names out of `WHAT` for the config's objective; all of them if None.
       steps, warmup: calls timed, and calls before them.
       step: step of the run, counted from 0, whose phase is trained; None is the last step.
       scale: guidance scale of sampling.
+      dtype: of sampling's weights, one of `sampling.precision.DTYPES`; the config's if None.
     Raises:
       ValueError: for arguments out of range, or a config that cannot run here.
+      ImportError: int8 without the package qwix.
     """
     known = WHAT[cfg.objective]
     what = known if what is None else what
@@ -81,17 +86,19 @@ def benchmark(
         facts[name], params = measure(inference_call(setup, name), params, steps, warmup)
         print(f"{name}: {describe(facts[name])}", flush=True)
     if "sample" in what:
-        record, params = measure(sample_call(setup, scale), params, steps, warmup)
-        facts["sample"] = record | _sampling_facts(setup, scale, record)
+        dtype = dtype or cfg.dtype
+        params = held(setup, params, dtype)
+        record, params = measure(sample_call(setup, params, scale, dtype), params, steps, warmup)
+        facts["sample"] = record | _sampling_facts(setup, params, scale, dtype, record)
         print(f"sample: {describe(facts['sample'])}", flush=True)
     return facts
 
 
-def _sampling_facts(setup: Setup, scale: float, record: dict[str, Any]) -> dict[str, Any]:
+def _sampling_facts(setup: Setup, params: Any, scale: float, dtype: str, record: dict[str, Any]) -> dict[str, Any]:
     tokens = record["images"] * setup.objective.generator.num_latent_tokens
     bandwidth, seconds = memory_gib_per_second(), record["median_ms"] / 1e3
-    bound = sampling_bytes(setup, scale) / (bandwidth * 2**30 * jax.device_count())
-    facts = {"scale": scale, "tokens_per_second": tokens / seconds}
+    bound = sampling_bytes(setup, params, scale, dtype) / (bandwidth * 2**30 * jax.device_count())
+    facts = {"scale": scale, "dtype": dtype, "tokens_per_second": tokens / seconds}
     return {**facts, "memory_gib_per_second": bandwidth, "bandwidth_fraction": bound / seconds}
 
 
@@ -117,6 +124,7 @@ def define_flags() -> None:
     flags.DEFINE_list("what", None, "Any of train, encode, decode; train, sample; or input, alone. All by default.")
     flags.DEFINE_float("pace_ms", 0.0, "Of input: milliseconds of a step, slept in its place.", lower_bound=0.0)
     flags.DEFINE_float("scale", 1.0, "Of sample: guidance scale; 1 is none.", lower_bound=1.0)
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of sample: its weights; the config's by default.")
     flags.DEFINE_integer("steps", 10, "Timed calls.", lower_bound=1)
     flags.DEFINE_integer("warmup", 2, "Calls before them.", lower_bound=0)
     flags.DEFINE_integer("step", None, "Step, counted from 0, whose phase is trained; the last one by default.")
@@ -131,7 +139,9 @@ def main(argv: list[str]) -> None:
         if FLAGS.what == ["input"]:
             facts = input_speed(FLAGS.config, **counts, pace_ms=FLAGS.pace_ms)
         else:
-            facts = benchmark(FLAGS.config, what=FLAGS.what, step=FLAGS.step, scale=FLAGS.scale, **counts)
+            facts = benchmark(
+                FLAGS.config, what=FLAGS.what, step=FLAGS.step, scale=FLAGS.scale, dtype=FLAGS.dtype, **counts
+            )
     except (ValueError, OSError, ImportError) as error:
         logging.debug("while benchmarking", exc_info=True)
         sys.exit(f"error: {error}")

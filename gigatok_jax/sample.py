@@ -7,6 +7,9 @@ In --out: `images/NNNNNN.png`, `grid.png`, `samples.npz` (`arr_0` uint8 (N, S, S
 evaluation reads them) and `sampling.json`. Image n depends on the seed, n and its label alone, so that started again
 with the same command it goes on with the images that are missing. Several processes share out the batches. The last
 line printed is one JSON object.
+
+--dtype=bfloat16 and int8 (of the weights; needs the package qwix) read less memory per id, and draw other ids where two
+are about as good; --agreement=N says how often, over N of the images (see `gigatok_jax.sampling.agreement`).
 """
 
 import io
@@ -27,10 +30,13 @@ from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.hub import bundle
 from gigatok_jax.metrics import Progress
+from gigatok_jax.sampling.agreement import agreement
 from gigatok_jax.sampling.guidance import SCHEDULES
 from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
+from gigatok_jax.sampling.precision import DTYPES
 
 SHOWN = 64  # images on the grid at most
+GUIDANCE = ("scale", "schedule", "start", "end", "peak", "interval")
 
 
 def labels_of(text: str, count: int, num_classes: int, seed: int) -> np.ndarray:
@@ -81,8 +87,8 @@ def sample_images(
       ValueError: `out` holds images of other settings.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
-    asked = {"generator": generator.bundle.hash, "tokenizer": tokenizer.bundle.hash, **settings}
-    asked["labels"] = labels.tolist()
+    asked = {"generator": generator.bundle.hash, "tokenizer": tokenizer.bundle.hash, "dtype": generator.dtype}
+    asked |= {**settings, "labels": labels.tolist()}
     path = out / "sampling.json"
     if path.is_file() and (old := json.loads(path.read_text())) != asked:
         differing = sorted(name for name in old.keys() | asked.keys() if old.get(name) != asked.get(name))
@@ -120,6 +126,19 @@ def collect(out: Path, labels: np.ndarray, class_names: tuple[str, ...]) -> None
     picture_grid(images[:SHOWN], names).save(out / "grid.png")
 
 
+def compare(
+    generator: GeneratorPipeline, labels: np.ndarray, *, batch: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The `agreement` of a generator with itself in float32, under the seed and guidance of `settings`."""
+    print(f"comparing the ids of {len(labels)} images with float32's", file=sys.stderr)
+    line = Progress(-(-len(labels) // batch), global_batch=batch, warmup_updates=1)
+    reference = GeneratorPipeline(generator.bundle, mesh=generator.mesh)
+    kept = {name: settings[name] for name in ("seed", *GUIDANCE) if name in settings}
+    facts = agreement(reference, generator, labels, batch=batch, on_batch=lambda done, _: line.update(done), **kept)
+    line.end_line()
+    return facts
+
+
 FLAGS = flags.FLAGS
 
 
@@ -141,7 +160,8 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the best id.", lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "Draw among the k best ids; 0: all.", lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "Draw among the best ids of this probability.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the generator's weights and cache.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the generator's weights, and of its cache (int8: float32).")
+    flags.DEFINE_integer("agreement", 0, "Of how many images the ids are compared with float32's.", lower_bound=0)
     process_flags.define()
 
 
@@ -153,9 +173,7 @@ def run() -> dict[str, Any]:
     check_pair(generator, tokenizer)
     out, classes = Path(FLAGS.out).expanduser(), generator.model.num_classes
     labels = labels_of(FLAGS.labels, FLAGS.num_images, classes, FLAGS.seed)
-    guidance = ("scale", "schedule", "start", "end", "peak", "interval")
-    names = ("seed", *guidance, "temperature", "top_k", "top_p")
-    settings = {name: FLAGS[name].value for name in names}
+    settings = {name: FLAGS[name].value for name in ("seed", *GUIDANCE, "temperature", "top_k", "top_p")}
     process = jax.process_index(), jax.process_count()
     sample_images(generator, tokenizer, labels, out, batch=FLAGS.batch, settings=settings, process=process)
     if process[1] > 1:
@@ -163,7 +181,10 @@ def run() -> dict[str, Any]:
     if not distributed.is_main():
         return {}
     collect(out, labels, generator.bundle.class_names)
-    return {"images": len(labels), "grid": str(out / "grid.png"), "npz": str(out / "samples.npz")}
+    facts = {"images": len(labels), "grid": str(out / "grid.png"), "npz": str(out / "samples.npz")}
+    if FLAGS.agreement:
+        facts["agreement"] = compare(generator, labels[: FLAGS.agreement], batch=FLAGS.batch, settings=settings)
+    return facts
 
 
 def main(argv: list[str]) -> None:

@@ -217,6 +217,19 @@ def test_samples_go_on_with_the_images_that_are_missing(pair, tmp_path):
     assert sample.image_path(tmp_path, 2).stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="of another scale"):
         sample.sample_images(generator, tokenizer, labels, tmp_path, batch=8, settings={**SETTINGS, "scale": 3.0})
+    with pytest.raises(ValueError, match="of another dtype"):
+        other = GeneratorPipeline(generator.bundle, dtype="bfloat16")
+        sample.sample_images(other, tokenizer, labels, tmp_path, **options)
+
+
+def test_agreement_with_float32_is_of_the_images_that_are_sampled(pair, capfd):
+    generator = GeneratorPipeline(pair[0].bundle, dtype="bfloat16")
+    labels = sample.labels_of("all", 12, 2, 0)
+    settings = {**SETTINGS, "temperature": 0.5, "top_k": 3}
+    facts = sample.compare(generator, labels, batch=8, settings=settings)
+    assert facts["dtype"] == "bfloat16" and facts["positions"] == 12 * K
+    assert facts["same_ids"] > 0.8 and 0 < facts["log_p_error"] < 0.1
+    assert "ids of 12 images" in capfd.readouterr().err
 
 
 def test_a_generator_of_another_tokenizer_is_refused(pair):

@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from gigatok_jax import benchmark
-from tests.tiny import ROOT, tiny_run
+from gigatok_jax import benchmark, config
+from tests.tiny import ROOT, tiny_generator, tiny_run
 
 TINIEST = dict(
     tokenizer__image_size=8,
@@ -49,6 +49,26 @@ def test_train_is_the_last_phase_and_costs_most(facts):
     train, encode, decode = (facts[name]["flops_per_image"] for name in benchmark.WHAT["tokenizer"])
     assert train > 3 * (encode + decode)
     assert facts["train"]["compiler_peak_mib"] > facts["decode"]["compiler_peak_mib"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_sampling_is_held_against_reading_what_lies_in_memory(dtype, monkeypatch):
+    if dtype == "int8":
+        pytest.importorskip("qwix", reason="int8 weights need the package qwix: pip install -e .[test]")
+    monkeypatch.setattr(benchmark, "memory_gib_per_second", lambda: 0.5)
+    cfg = config.ar()
+    cfg.update(num_steps=1, global_batch=8, dtype="float32", generator=tiny_generator())
+    facts = benchmark.benchmark(cfg, what=["sample"], steps=1, warmup=0, scale=1.5, dtype=dtype)["sample"]
+    # Of the tiny generator: seven matrices a layer and the head; norms; the cache of both classes.
+    D, F, V, K, layers = 32, 96, 16, 16, 3
+    width = 2 if dtype == "bfloat16" else 4
+    entries, columns = layers * (4 * D * D + 3 * D * F) + D * V, layers * (5 * D + 2 * F) + V
+    matrices = entries + 4 * columns if dtype == "int8" else width * entries
+    norms, caches = width * (2 * layers + 1) * D, [2 * layers * D * 2 * 8 * width * (k + 1) for k in range(K)]
+    seconds = sum(matrices + norms + cache for cache in caches) / (8 * 2**29)
+    assert facts["dtype"] == dtype and facts["scale"] == 1.5
+    assert facts["bandwidth_fraction"] == pytest.approx(1e3 * seconds / facts["median_ms"])
+    assert facts["tokens_per_second"] == pytest.approx(8 * K * 1e3 / facts["median_ms"])
 
 
 def test_fused_attention_is_counted_as_matrix_products(monkeypatch):

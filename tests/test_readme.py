@@ -68,6 +68,7 @@ def test_constraints_pin_every_direct_dependency():
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines()
     }
     text = (ROOT / "setup.py").read_text()
-    core = re.search(r"CORE = \[(.*?)\n\]", text, re.S).group(1) + re.search(r"DEMO = \[(.*?)\]", text, re.S).group(1)
-    for name in re.findall(r'"([\w-]+)>=', core):
+    lists = re.findall(r"^(?:CORE|DEMO|INT8) = \[(.*?)\]", text, re.S | re.M)
+    assert len(lists) == 3
+    for name in re.findall(r'"([\w-]+)>=', "".join(lists)):
         assert name.lower().replace("-", "_") in pinned, name

@@ -1,12 +1,17 @@
 """The small models and configs that several tests share."""
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gigatok_jax import config
+from gigatok_jax.generators import ar
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,3 +94,28 @@ def tiny_generator(**options: object) -> ConfigDict:
     section.update(width=32, depth=3, heads=2, hidden_multiple=16, codebook_size=16, num_latent_tokens=16)
     section.update({"num_classes": 5, "remat": "none", **options})
     return section
+
+
+GENERATOR_FORMS = {
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "adaln": {"modulation": "adaln"},
+    "shared_adaln": {"modulation": "shared_adaln"},
+    "rope_2d": {"positions": "rope_2d"},
+}
+
+
+@functools.cache
+def drawn_generator(form: str) -> tuple[ar.GPT, Any]:
+    """A tiny generator of one of the forms, and parameters that are all drawn, those of zero start too."""
+    section = tiny_generator(**GENERATOR_FORMS[form])
+    model, K = ar.build(section), section.num_latent_tokens
+
+    def draw() -> Any:
+        params = model.init(jax.random.key(0), jnp.zeros((1, K), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+        return jax.tree.unflatten(structure, drawn)
+
+    return model, jax.jit(draw)()

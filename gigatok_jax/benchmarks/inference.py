@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from gigatok_jax import sharding
 from gigatok_jax.benchmarks.timing import Call
 from gigatok_jax.benchmarks.training import Setup, synthetic_batch
+from gigatok_jax.generators import ar as generators
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, to_unit_range
-from gigatok_jax.sampling import ar, guidance
+from gigatok_jax.sampling import ar, guidance, precision
 from gigatok_jax.scaling.flops import count_flops
 
 
@@ -60,36 +61,42 @@ def _inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable
     return {"encode": encode, "decode": decode}[name]
 
 
-def sample_call(setup: Setup, scale: float) -> Call:
-    """Whole sequences for one microbatch of classes, guided by a constant scale."""
-    cfg, mesh, model = setup.cfg, setup.mesh, setup.objective.generator
+def held(setup: Setup, params: Any, dtype: str) -> Any:
+    """A generator's parameters as sampling in `dtype` holds them, on the same devices."""
+    depth = setup.objective.generator.stack.depth
+    return jax.jit(lambda params: precision.held(params, depth, dtype))(params)
+
+
+def sample_call(setup: Setup, params: Any, scale: float, dtype: str) -> Call:
+    """Whole sequences for one microbatch of classes, guided by a constant scale, with `held` parameters."""
+    cfg, mesh = setup.cfg, setup.mesh
+    model = generators.build(cfg.generator, dtype=precision.arithmetic(dtype))
     images = cfg.global_batch // cfg.accumulate
     batch = synthetic_batch(setup, images)
     scales = guidance.scales("constant", scale, model.num_latent_tokens)
-    dtype = jnp.dtype(cfg.dtype)
 
     def sample(params: Any, class_B: jax.Array) -> jax.Array:
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(images))
         with constraints(sharding.activation_constraint(mesh)):
+            keys_B = ar.image_keys(0, jnp.arange(images))
             return ar.generate(model, params, class_B, keys_B, scales, ar.PLAIN, dtype)
 
     jitted = jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
-    shapes = setup.abstract.params["generator"]
     started = time.monotonic()
-    compiled = jitted.lower(shapes, batch["label"]).compile()
+    compiled = jitted.lower(params, batch["label"]).compile()
     seconds = time.monotonic() - started
-    flops = count_flops(sample, shapes, batch["label"])
+    flops = count_flops(sample, params, batch["label"])
     return Call(lambda params: (params, compiled(params, batch["label"])), compiled, seconds, images, flops)
 
 
-def sampling_bytes(setup: Setup, scale: float) -> float:
-    """Bytes that must be read for one microbatch: at each position all weights but the tables, and the cache so far."""
+def sampling_bytes(setup: Setup, params: Any, scale: float, dtype: str) -> float:
+    """Bytes that must be read for one microbatch: at each position all weights but the tables, and the cache so far.
+
+    `held` parameters count as they lie: int8 matrices by a byte an entry, and their scales.
+    """
     model, cfg = setup.objective.generator, setup.cfg
-    width = jnp.dtype(cfg.dtype).itemsize
-    params = setup.abstract.params["generator"]
     read = {name: part for name, part in params.items() if name not in ("id_embed", "class_embed", "token_pos")}
-    weights = sum(leaf.size for leaf in jax.tree.leaves(read)) * width
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
     rows = cfg.global_batch // cfg.accumulate * (2 if scale != 1 else 1)
     K = model.num_latent_tokens
-    cache = 2 * model.stack.depth * model.width * rows * width * (K + 1) / 2
-    return K * (weights + cache)
+    position = 2 * model.stack.depth * model.width * rows * precision.arithmetic(dtype).itemsize
+    return K * (weights + position * (K + 1) / 2)

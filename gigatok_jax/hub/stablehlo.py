@@ -60,7 +60,7 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
     def sample(
         weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, scales_K: jax.Array
     ) -> jax.Array:
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
+        keys_B = ar.image_keys(seed, number_B)
         return ar.generate(model, keymap.unflatten(weights), class_B, keys_B, scales_K, guided=K)
 
     if kind == "generator":

@@ -9,7 +9,7 @@ import numpy as np
 
 from gigatok_jax.generators.ar import GPT
 from gigatok_jax.nn.causal import Cache
-from gigatok_jax.nn.transformer import unstacked
+from gigatok_jax.sampling import precision
 
 
 class Draw(NamedTuple):
@@ -53,40 +53,84 @@ def generate(
     to the last position whose scale is not 1, and not after it.
 
     Args:
-      params: the generator's parameters.
+      params: the generator's parameters, as trained or as `precision.held` has made them.
       class_B: int32; `model.num_classes` is the null class.
       keys_B: one random key per sequence.
       scales: (K,) from `guidance.scales`; which are 1 at the end is static.
       guided: ids that the null class runs beside, where the scales are not known yet.
-      dtype: of the weights and the cache; the drawing is float32.
+      dtype: one of `precision.DTYPES`, of weights and cache; the drawing is float32.
     """
+    guided = num_guided(scales) if guided is None else guided
+    return _positions(model, params, class_B, keys_B, scales, draw, dtype, guided, None)[0]
+
+
+def follow(
+    model: GPT,
+    params: Any,
+    class_B: jax.Array,
+    keys_B: jax.Array,
+    scales: np.ndarray,
+    ids_BK: jax.Array,
+    draw: Draw = PLAIN,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """What `generate` would draw at each position after the given ids before it, and the given ids' log p in nats.
+
+    Both (B, K). p is the guided distribution before temperature and filters. Arguments as of `generate`.
+    """
+    return _positions(model, params, class_B, keys_B, scales, draw, dtype, num_guided(scales), ids_BK)
+
+
+def image_keys(seed: jax.Array, number_B: jax.Array) -> jax.Array:
+    """The random key of each image, by its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
+
+
+def num_guided(scales: np.ndarray) -> int:
+    """How many ids there are up to the last one whose scale is not 1."""
+    return int(np.max(np.flatnonzero(np.asarray(scales) != 1), initial=-1)) + 1
+
+
+def _positions(
+    model: GPT,
+    params: Any,
+    class_B: jax.Array,
+    keys_B: jax.Array,
+    scales: Any,
+    draw: Draw,
+    dtype: Any,
+    guided: int,
+    given_BK: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """(the ids drawn, (B, K)), and log p of the given ids where there are any, which then are read in their place."""
     batch, K = class_B.shape[0], model.num_latent_tokens
-    if guided is None:
-        guided = int(np.max(np.flatnonzero(np.asarray(scales) != 1), initial=-1)) + 1
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    stack = {**params["stack"], "layers": unstacked(params["stack"]["layers"], model.stack.depth)}
-    params = {**params, "stack": stack}
+    params = precision.held(params, model.stack.depth, dtype)
     rows = jnp.concatenate([class_B, jnp.full_like(class_B, model.num_classes)]) if guided else class_B
 
-    def body(carry: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        (ids_B, caches), (position, scale) = carry, numbered
+    def body(carry: Any, numbered: tuple[Any, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
+        (ids_B, caches), (position, scale, given_B) = carry, numbered
         doubled = caches[0].k_BGNE.shape[0] != batch
         classes, both = (rows, jnp.concatenate([ids_B, ids_B])) if doubled else (class_B, ids_B)
-        logits, caches = model.apply({"params": params}, both, classes, caches, position, method="step")
+        logits, caches = precision.apply(model, params, both, classes, caches, position, method="step")
         if doubled:
             null_BV = logits[batch:]
             logits = null_BV + scale * (logits[:batch] - null_BV)
         ids_B = drawn(logits, jax.vmap(jax.random.fold_in, (0, None))(keys_B, position), draw)
-        return (ids_B, caches), ids_B
+        if given_B is None:
+            return (ids_B, caches), (ids_B,)
+        log_p_B = jnp.take_along_axis(jax.nn.log_softmax(logits), given_B[:, None], axis=-1)[:, 0]
+        return (given_B, caches), (ids_B, log_p_B)
 
-    ids_B, caches, parts = jnp.zeros((batch,), jnp.int32), model.caches(rows.shape[0], 0, dtype), []
+    caches = model.caches(rows.shape[0], 0, precision.arithmetic(dtype))
+    ids_B, parts = jnp.zeros((batch,), jnp.int32), []
     bounds = sorted({*range(0, K, SEGMENT), guided, K})
     for first, last in itertools.pairwise(bounds):
-        numbered = jnp.arange(first, last), jnp.asarray(scales[first:last], jnp.float32)
+        given_KB = None if given_BK is None else given_BK[:, first:last].T
+        numbered = jnp.arange(first, last), jnp.asarray(scales[first:last], jnp.float32), given_KB
         held = batch if first >= guided else rows.shape[0]
-        (ids_B, caches), ids = jax.lax.scan(body, (ids_B, resized(caches, held, last)), numbered)
-        parts.append(ids)
-    return jnp.concatenate(parts).T
+        (ids_B, caches), part = jax.lax.scan(body, (ids_B, resized(caches, held, last)), numbered)
+        parts.append(part)
+    return tuple(jnp.concatenate(part).T for part in zip(*parts))
 
 
 def resized(caches: list[Cache], batch: int, length: int) -> list[Cache]:

@@ -16,7 +16,7 @@ from gigatok_jax.hub import frozen
 from gigatok_jax.hub.bundle import Bundle, load
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.tokenizer import image_ids
-from gigatok_jax.sampling import ar, guidance
+from gigatok_jax.sampling import ar, guidance, precision
 
 
 def from_pretrained(
@@ -26,10 +26,11 @@ def from_pretrained(
 
     Args:
       path: the bundle's folder, or "hf://owner/name@revision".
-      dtype: of the arithmetic, "float32" or "bfloat16".
+      dtype: of the arithmetic, "float32" or "bfloat16"; of a generator also "int8", of its matrices.
       mesh: devices to spread batches over; all of them by default.
     Raises:
-      FileNotFoundError, ValueError, ImportError: as `hub.bundle.load`.
+      FileNotFoundError, ValueError, ImportError: as `hub.bundle.load`; for a dtype that it does not run in; for int8
+        without the package qwix.
     """
     bundle = load(path)
     kinds = {"tokenizer": TokenizerPipeline, "generator": GeneratorPipeline}
@@ -41,9 +42,13 @@ def from_pretrained(
 class _Pipeline:
     """A bundle's network with its parameters on a mesh; programs are compiled once per batch shape."""
 
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
     def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
-        self.bundle, self.dtype = bundle, jnp.dtype(dtype)
-        self.model = bundle.model(dtype)
+        if dtype not in self.dtypes:
+            raise ValueError(f"dtype={dtype!r}: a {bundle.kind} runs in one of {', '.join(self.dtypes)}")
+        self.bundle, self.dtype = bundle, dtype
+        self.model = bundle.model(precision.arithmetic(dtype).name)
         self.mesh = mesh or sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
         # By the name of its group, as in training: the table's rules know a generator by it.
         self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
@@ -117,7 +122,15 @@ class TokenizerPipeline(_Pipeline):
 
 
 class GeneratorPipeline(_Pipeline):
-    """Class labels → ids by a generator's bundle."""
+    """Class labels → ids by a generator's bundle, with weights and cache as `precision` has them."""
+
+    dtypes = precision.DTYPES
+
+    def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
+        super().__init__(bundle, dtype=dtype, mesh=mesh)
+        # Once: a program that began with this would hold both, and do it at every call.
+        depth = self.model.stack.depth
+        self.params = jax.jit(lambda params: precision.held(params, depth, dtype))(self.params)
 
     def sample(
         self,
@@ -141,6 +154,38 @@ class GeneratorPipeline(_Pipeline):
         Raises:
           ValueError: for a label, scale or filter out of range.
         """
+        draw = ar.Draw(float(temperature), int(top_k), float(top_p))
+        draw.check(self.model.codebook_size)
+        scales = guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
+        placed, count = self._numbered(labels, first)
+        return np.asarray(self._sampler(draw, scales.tobytes())(self.params, *placed, np.uint32(seed)))[:count]
+
+    def follow(
+        self,
+        labels: Sequence[int],
+        ids: np.ndarray,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        scale: float = 1.0,
+        schedule: str = "constant",
+        **guidance_options: Any,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids that `sample` would draw at each position after the given ids before it, and log p of the given ids.
+
+        Both (B, K); log p in nats, under guidance. Drawn at temperature 1, without filters.
+
+        Args:
+          ids: (B, K) ids of these labels.   Others: as of `sample`.
+        """
+        scales = guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
+        placed, count = self._numbered(labels, first)
+        ids, _ = self._placed(np.asarray(ids, np.int32))
+        drawn, log_p = self._follower(scales.tobytes())(self.params, *placed, np.uint32(seed), ids)
+        return np.asarray(drawn)[:count], np.asarray(log_p)[:count]
+
+    def _numbered(self, labels: Any, first: int) -> tuple[tuple[jax.Array, jax.Array], int]:
+        """((labels, image numbers) over the devices, how many are real)."""
         labels, classes = np.asarray(labels), self.model.num_classes
         if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; a list of integers is wanted")
@@ -148,19 +193,22 @@ class GeneratorPipeline(_Pipeline):
             raise ValueError(
                 f"labels lie in {labels.min()}..{labels.max()}, this generator's classes in 0..{classes - 1}"
             )
-        draw = ar.Draw(float(temperature), int(top_k), float(top_p))
-        draw.check(self.model.codebook_size)
-        scales = guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
         numbers = np.arange(first, first + len(labels), dtype=np.int32)
         (placed, count), (numbers, _) = self._placed(labels.astype(np.int32)), self._placed(numbers)
-        ids = self._sampler(draw, scales.tobytes())(self.params, placed, numbers, np.uint32(seed))
-        return np.asarray(ids)[:count]
+        return (placed, numbers), count
 
     @functools.cache  # noqa: B019 (a pipeline and its programs live as long as each other)
     def _sampler(self, draw: ar.Draw, scales: bytes) -> Any:
         def sample(params: Any, class_B: jax.Array, number_B: jax.Array, seed: jax.Array) -> jax.Array:
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
-            by_position = np.frombuffer(scales, np.float32)
+            keys_B, by_position = ar.image_keys(seed, number_B), np.frombuffer(scales, np.float32)
             return ar.generate(self.model, params, class_B, keys_B, by_position, draw, self.dtype)
 
         return self._jit(sample)
+
+    @functools.cache  # noqa: B019
+    def _follower(self, scales: bytes) -> Any:
+        def follow(params: Any, class_B: jax.Array, number_B: jax.Array, seed: jax.Array, ids_BK: jax.Array) -> Any:
+            keys_B, by_position = ar.image_keys(seed, number_B), np.frombuffer(scales, np.float32)
+            return ar.follow(self.model, params, class_B, keys_B, by_position, ids_BK, dtype=self.dtype)
+
+        return self._jit(follow)

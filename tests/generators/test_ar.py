@@ -1,6 +1,7 @@
 """The AR generator's properties: causality, cached ≡ full, and samples that do not depend on the batch around them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,10 @@ from gigatok_jax import config, sharding
 from gigatok_jax.generators import ar
 from gigatok_jax.sampling import ar as sampling
 from gigatok_jax.sampling import guidance
-from tests.tiny import tiny_generator
+from tests.tiny import GENERATOR_FORMS, drawn_generator, tiny_generator
 
-FORMS = {
-    "plain": {},
-    "qk_norm": {"qk_norm": True},
-    "adaln": {"modulation": "adaln"},
-    "shared_adaln": {"modulation": "shared_adaln"},
-    "rope_2d": {"positions": "rope_2d"},
-}
 TINY = tiny_generator()
 K, V, CLASSES = (TINY[name] for name in ("num_latent_tokens", "codebook_size", "num_classes"))
-
-
-@functools.cache
-def model_and_params(form):
-    """A generator whose parameters are all drawn, those of zero start too."""
-    model = ar.build(tiny_generator(**FORMS[form]))
-    params = model.init(jax.random.key(0), jnp.zeros((1, K), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return model, jax.tree.unflatten(structure, drawn)
 
 
 def sequences(count=3):
@@ -50,9 +33,9 @@ def test_published_sizes(size):
     assert count == counts.get(size, count) and count > 1e8
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", GENERATOR_FORMS)
 def test_an_id_reads_its_class_and_the_ids_before_it(form):
-    model, params = model_and_params(form)
+    model, params = drawn_generator(form)
     ids, classes = sequences(1)
     table = params["id_embed"]["embedding"]
 
@@ -69,9 +52,9 @@ def test_an_id_reads_its_class_and_the_ids_before_it(form):
     assert (np.abs(by_class).max(-1) > 0).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", GENERATOR_FORMS)
 def test_cached_positions_are_those_of_the_whole_sequence(form):
-    model, params = model_and_params(form)
+    model, params = drawn_generator(form)
     ids, classes = sequences()
     want, _ = model.apply({"params": params}, ids, classes)
     caches, got, step = model.caches(3, K, jnp.float32), [], jax.jit(functools.partial(model.apply, method="step"))
@@ -84,7 +67,7 @@ def test_cached_positions_are_those_of_the_whole_sequence(form):
 
 def sample(form, rows, draw=sampling.PLAIN, scale=2.0, schedule="step", mesh=None):
     """Ids of the images numbered `rows`, each with its own class and key."""
-    model, params = model_and_params(form)
+    model, params = drawn_generator(form)
     rows = jnp.asarray(rows, jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), rows)
     classes, scales = rows % CLASSES, guidance.scales(schedule, scale, K)
@@ -106,7 +89,7 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_devices():
 
 def test_ids_are_drawn_from_the_guided_distribution():
     # The first id of many images of one class against its softmax.
-    model, params = model_and_params("plain")
+    model, params = drawn_generator("plain")
     count, scale = 4096, 1.5
     keys, classes = jax.random.split(jax.random.key(3), count), jnp.full((count,), 2, jnp.int32)
     ids = jax.jit(lambda: sampling.generate(model, params, classes, keys, guidance.scales("constant", scale, K)))()
@@ -116,22 +99,48 @@ def test_ids_are_drawn_from_the_guided_distribution():
     assert 0.5 * np.abs(seen - want).sum() < 0.05
 
 
-@pytest.mark.parametrize("schedule", ["constant", "rectangular"])
-def test_the_null_class_is_left_out_only_where_nothing_guides_any_more(schedule, monkeypatch):
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("constant", {}),
+        ("rectangular", {"end": 0.6}),
+        # No guidance between the first id and the start: the null class must have read the ids there too.
+        ("rectangular", {"start": 0.4, "end": 0.7}),
+        ("step", {"start": 0.5}),
+        ("constant", {"interval": 4}),
+    ],
+)
+def test_the_null_class_is_left_out_only_where_nothing_guides_any_more(schedule, options, monkeypatch):
     monkeypatch.setattr(sampling, "SEGMENT", 6)
     # Against full passes over both classes at every position.
-    model, params = model_and_params("plain")
-    rows, scales = [0, 1, 2], guidance.scales(schedule, 3.0, K, end=0.6)
+    model, params = drawn_generator("plain")
+    rows, scales = [0, 1, 2], guidance.scales(schedule, 3.0, K, **options)
     got = jax.jit(
         lambda: sampling.generate(
             model, params, jnp.array(rows), jax.random.split(jax.random.key(0), 3), scales, sampling.Draw(0)
         )
     )()
-    ids = np.zeros((3, K), np.int32)
+    ids, classes = np.zeros((3, K), np.int32), jnp.array([*rows, *[CLASSES] * 3])
+    full = jax.jit(lambda ids: model.apply({"params": params}, jnp.tile(ids, (2, 1)), classes)[0])
     for k in range(K):
-        logits, _ = model.apply({"params": params}, jnp.tile(ids, (2, 1)), jnp.array([*rows, *[CLASSES] * 3]))
+        logits = full(ids)
         ids[:, k] = jnp.argmax(logits[3:, k] + scales[k] * (logits[:3, k] - logits[3:, k]), -1)
     np.testing.assert_array_equal(got, ids)
+
+
+def test_all_positions_are_one_program_that_holds_one_cache(monkeypatch):
+    monkeypatch.setattr(sampling, "SEGMENT", 6)
+    model, params = drawn_generator("plain")
+    images, scales = 64, guidance.scales("constant", 2.0, K)
+    keys, classes = jax.random.split(jax.random.key(0), images), jnp.arange(images) % CLASSES
+    compiled = jax.jit(lambda params: sampling.generate(model, params, classes, keys, scales)).lower(params).compile()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(model.caches(2 * images, K, jnp.float32)))
+    assert cache < compiled.memory_analysis().temp_size_in_bytes < 1.4 * cache
+    # In the loops a position is written in place, and nothing waits for the host.
+    shapes = re.escape(f"f32[{2 * images},{TINY.heads},") + r"\d+," + re.escape(f"{TINY.width // TINY.heads}]")
+    loops = compiled.as_text().split("\nENTRY ")[0]
+    assert re.search(shapes + r"\S* dynamic-update-slice\(", loops) and not re.search(shapes + r"\S* copy\(", loops)
+    assert not re.search("custom-call|infeed|outfeed|send|recv", compiled.as_text())
 
 
 def test_filters():
@@ -144,7 +153,7 @@ def test_filters():
 
 
 def test_dropout_needs_a_key():
-    model, params = model_and_params("plain")
+    model, params = drawn_generator("plain")
     model = ar.build(tiny_generator(dropout=0.3))
     ids, classes = sequences()
 
