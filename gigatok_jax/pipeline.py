@@ -71,9 +71,9 @@ def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[s
         report=report,
         reconstructions=next(iter(sorted((folder / "grids").glob("*.png"))[-1:]), None),
         drawn=[
-            ("Samples", "ids drawn by the generator, one after the other", grid(samples)),
-            ("Shuffled ids", "training ids, each position from another image", decoded(tokenizer, shuffled(ids_NK))),
-            ("Held-out images", "as their own ids draw them", decoded(tokenizer, some_ids(held_out, SHOWN))),
+            ("Samples:", "ids drawn by the generator, one after the other", grid(samples)),
+            ("Shuffled ids:", "training ids, each position from another image", decoded(tokenizer, shuffled(ids_NK))),
+            ("Held-out images:", "as their own ids draw them", decoded(tokenizer, some_ids(held_out, SHOWN))),
         ],
         curves=[("Tokenizer", folder / "curves.png"), ("Generator", folder / "generator" / "curves.png")],
         counts_V=np.bincount(ids_NK.reshape(-1), minlength=report["codebook_size"]),

@@ -8,20 +8,23 @@ from absl import flags
 
 
 @contextlib.contextmanager
-def entry_point(arguments, monkeypatch):
-    """The module that `python -m` would run, with its flags defined and read.
-
-    Args:
-      arguments: the module's name and the flags.
-    """
-    name, *rest = arguments
+def defined(name):
+    """The module that `python -m name` would run, with its flags defined for a while; yields (module, their names)."""
     before = set(flags.FLAGS)
-    monkeypatch.setattr(sys, "argv", [name, *rest])  # where configs look for what overrides them
     module = importlib.import_module(name)
     try:
         module.define_flags()
-        flags.FLAGS(sys.argv)
-        yield module
+        yield module, set(flags.FLAGS) - before
     finally:
         for flag in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, flag)
+
+
+@contextlib.contextmanager
+def entry_point(arguments, monkeypatch):
+    """The module of a command, with its flags read; `arguments` are what follows `python -m`."""
+    name, *rest = arguments
+    monkeypatch.setattr(sys, "argv", [name, *rest])  # where configs look for what overrides them
+    with defined(name) as (module, _):
+        flags.FLAGS(sys.argv)
+        yield module

@@ -42,8 +42,9 @@ def test_commands_are_understood_by_their_entry_points(name, monkeypatch):
 
 
 def test_a_flag_that_is_not_there_is_found(monkeypatch):
-    with pytest.raises(flags.UnrecognizedFlagError, match="num_view"), entry_point(
-        ("gigatok_jax.encode", "--bundle=x", "--source=emoji", "--out=y", "--num_vues=2"), monkeypatch
+    with (
+        pytest.raises(flags.UnrecognizedFlagError, match="num_view"),
+        entry_point(("gigatok_jax.encode", "--bundle=x", "--source=emoji", "--out=y", "--num_vues=2"), monkeypatch),
     ):
         pass
 

@@ -30,7 +30,8 @@ p { margin: 0 0 12px; max-width: 68ch; } p, figcaption { color: var(--faint); }
 .tile { padding: 14px 16px; } .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
 .tile span { display: block; } .tile small { color: var(--faint); }
 figure { padding: 12px; } figcaption { font-size: .9rem; margin-top: 8px; } figcaption b { color: var(--ink); }
-img, svg { display: block; width: 100%; height: auto; border-radius: 4px; } .natural { width: auto; max-width: 100%; }
+img, svg { display: block; width: 100%; height: auto; border-radius: 4px; }
+.wide { min-width: 640px; } figure { overflow-x: auto; }
 .area { fill: var(--mark-soft); stroke: var(--mark); } .level { stroke: var(--faint); stroke-dasharray: 5 5; }
 .level, .area { vector-effect: non-scaling-stroke; }
 ol { list-style: none; margin: 0; padding: 0; } li { border-top: 1px solid var(--rule); padding: 10px 0; }
@@ -62,14 +63,14 @@ def write_page(
       counts_V: how often each codebook entry stands in the training ids.
       stages: (name, seconds, command), in order.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _headline(report, stages)]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_lead(report)}</p>", _headline(report, stages)]
     if reconstructions is not None:
         text = "Each held-out image over what the tokenizer makes of it, by way of its ids alone."
-        parts += [_heading("Reconstructions", text), _figure(reconstructions, natural=True)]
+        parts += [_heading("Reconstructions", text), _figure(reconstructions, kind="wide")]
     parts += [_heading("Images of the generator", _gain(report))]
-    parts += [_row(280, [_figure(picture, f"<b>{html.escape(n)}.</b> {html.escape(t)}") for n, t, picture in drawn])]
+    parts += [_row(280, [_figure(picture, name, text) for name, text, picture in drawn])]
     parts += [_heading("Codebook use", _use(counts_V)), f"<figure>{_histogram(counts_V)}</figure>"]
-    parts += [_heading("Curves"), *(_figure(picture, html.escape(name), "chart") for name, picture in curves)]
+    parts += [_heading("Curves"), _row(600, [_figure(picture, name, kind="wide chart") for name, picture in curves])]
     parts += [_heading("How it was made", "Every stage runs by its own command too."), _commands(stages)]
     body = "\n".join(parts)
     page = f"""<!doctype html>
@@ -102,7 +103,12 @@ def _headline(report: Mapping[str, Any], stages: Sequence[tuple[str, float | Non
     seconds = sum(seconds or 0 for _, seconds, _ in stages)
     tiles.append((format_duration(seconds), "for all stages", f"on {report.get('devices', 1)} device(s)"))
     tile = '<div class="tile"><b>{}</b><span>{}</span><small>{}</small></div>'
-    return _row(200, [tile.format(*texts) for texts in tiles])
+    return _row(150, [tile.format(*texts) for texts in tiles])
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    size, ids, codes = (report[name] for name in ("image_size", "num_latent_tokens", "codebook_size"))
+    return f"An image of {size}×{size} pixels as {ids} ids of {codes:,} codes, and a generator that writes such ids."
 
 
 def _gain(report: Mapping[str, Any]) -> str:
@@ -116,10 +122,10 @@ def _gain(report: Mapping[str, Any]) -> str:
 def _use(counts_V: np.ndarray) -> str:
     used, total = int((counts_V > 0).sum()), int(counts_V.sum())
     share = counts_V[counts_V > 0] / max(total, 1)
+    varied = np.exp(-(share * np.log(share)).sum())
     return (
-        f"How often each of {len(counts_V):,} codes stands in {total:,} training ids, from the most to the least used: "
-        f"{used:,} do at all; as varied as {np.exp(-(share * np.log(share)).sum()):,.0f} codes in equal use, which "
-        "the dashed line marks for all."
+        f"How often each code stands in {total:,} training ids, the most used first; the dashed line is equal use. "
+        f"{used:,} of {len(counts_V):,} occur, as varied as {varied:,.0f} in equal use (perplexity)."
     )
 
 
@@ -159,11 +165,11 @@ def _row(least: int, parts: Sequence[str]) -> str:
     return f'<div class="row" style="--least: {least}px">{"".join(parts)}</div>'
 
 
-def _figure(picture: Picture, caption: str = "", kind: str = "", natural: bool = False) -> str:
-    source = base64.b64encode(_png(picture)).decode()
-    name = html.escape(html.unescape(caption).split("<")[0] or "pictures", quote=True)
-    image = f'<img class="{kind}{" natural" * natural}" src="data:image/png;base64,{source}" alt="{name}">'
-    return f"<figure>{image}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+def _figure(picture: Picture, name: str = "", text: str = "", kind: str = "") -> str:
+    source, name, text = base64.b64encode(_png(picture)).decode(), html.escape(name), html.escape(text)
+    image = f'<img class="{kind}" src="data:image/png;base64,{source}" alt="{name}">'
+    caption = f"<figcaption><b>{name}</b> {text}</figcaption>" if name else ""
+    return f"<figure>{image}{caption}</figure>"
 
 
 def _png(picture: Picture) -> bytes:
