@@ -64,7 +64,7 @@ def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[s
     ids_NK = some_ids(train, COUNTED)
     samples = np.load(folder / "samples" / "samples.npz")["arr_0"]
     path = folder / "report.html"
-    first = ("train_tokenizer", report["seconds"], report["command"] or "")
+    first = ("train_tokenizer", report.get("seconds"), report.get("command") or "")
     write_page(
         path,
         title=folder.name,

@@ -1,5 +1,6 @@
-"""README's commands name things that are there."""
+"""The commands of README and of the configs' docstrings name things that are there."""
 
+import ast
 import importlib.metadata
 import re
 from pathlib import Path
@@ -55,9 +56,10 @@ def test_the_first_two_blocks_are_the_two_commands():
 
 
 def test_every_other_command():
-    commands = others((ROOT / "README.md").read_text())
-    assert len(commands) > 10
-    assert [(command, wrong) for command in commands if (wrong := problems(command))] == []
+    docstrings = [ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "configs").rglob("*.py")]
+    for text in ((ROOT / "README.md").read_text(), *docstrings):
+        assert others(text)
+        assert [(command, wrong) for command in others(text) if (wrong := problems(command))] == []
 
 
 @pytest.mark.parametrize(
