@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     options = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is not written
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be taken by the run
     try:
         folder = Path(options.bundle).expanduser()

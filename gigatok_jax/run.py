@@ -255,14 +255,15 @@ class Run:
         steps, pace = int(self.state.step) - self.start, self.progress.step_seconds
         return self.input_wait / (steps * pace) if pace else None
 
-    def finish(self, seconds: float) -> None:
-        """Writes the curves and `report.json`, and says where they are."""
+    def finish(self, seconds: float, command: str | None = None) -> None:
+        """Writes the curves and `report.json`, which names the command, and says where they are."""
         self.progress.end_line()
         self.writer.flush()
         if distributed.is_main():
             idle = int(self.state.step) == self.start  # nothing was trained: times of the run before stay
             facts = {
                 **self.objective.facts(),
+                "command": command,
                 "num_steps": int(self.state.step),
                 "images_per_second": self.progress.images_per_second,
                 "step_seconds": self.progress.step_seconds,

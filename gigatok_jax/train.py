@@ -6,6 +6,7 @@ status 0, or with --preemption_code. In the workdir: `checkpoints/`, `metrics.js
 """
 
 import logging as stdlib_logging
+import shlex
 import signal
 import sys
 import time
@@ -20,8 +21,15 @@ from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import NonFiniteRun, Run
 
 
-def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, preemption_code: int = 0) -> int:
-    """Trains to the end or to a signal; returns the exit status."""
+def train(
+    cfg: ConfigDict,
+    workdir: str,
+    *,
+    allow_config_change: bool = False,
+    preemption_code: int = 0,
+    command: str | None = None,
+) -> int:
+    """Trains to the end or to a signal; returns the exit status. The report names the command."""
     with StopSignal(preemption_code=preemption_code) as stop:
         try:
             if "://" in workdir:
@@ -35,9 +43,9 @@ def train(cfg: ConfigDict, workdir: str, *, allow_config_change: bool = False, p
         started, status = time.monotonic(), 1
         try:
             status = stop.exit_status if run.train(stop) else 0
-            run.finish(time.monotonic() - started)
+            run.finish(time.monotonic() - started, command)
         except (NonFiniteRun, NoUsableImages) as error:
-            run.finish(time.monotonic() - started)
+            run.finish(time.monotonic() - started, command)
             sys.exit(f"error: {error}")
         finally:
             stop.end_process_if_left_behind(status)
@@ -69,7 +77,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     resume = {"allow_config_change": options.allow_config_change, "preemption_code": options.preemption_code}
-    sys.exit(train(options.config, options.workdir, **resume))
+    command = shlex.join(["python", "-m", "gigatok_jax.train", *sys.argv[1:]])
+    sys.exit(train(options.config, options.workdir, command=command, **resume))
 
 
 if __name__ == "__main__":

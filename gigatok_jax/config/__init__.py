@@ -1,24 +1,28 @@
 """Configs: their defaults, and what can be known to be wrong with one before anything is built.
 
-A file in `configs/` imports this package and nothing else of the house: it calls `base()` or `ar()`, fills the
-differences, and returns the locked result. `validate` is what every entry point calls on the config it was given.
+A file in `configs/` imports this package and nothing else of the house: it calls `base()`, `ar()` or `pipeline()`,
+fills the differences, and returns the locked result. `validate` is what every entry point calls on the config it was
+given.
 """
 
 from gigatok_jax.config.checks import check_mesh, to_json, validate
 from gigatok_jax.config.defaults import (
     GPT_SIZES,
+    STAGES,
     VIT_SIZES,
     ar,
     ar_generator,
     base,
     gigatok_tokenizer,
     llamagen_tokenizer,
+    pipeline,
     set_vit,
     small_gigatok_tokenizer,
 )
 
 __all__ = [
     "GPT_SIZES",
+    "STAGES",
     "VIT_SIZES",
     "ar",
     "ar_generator",
@@ -26,6 +30,7 @@ __all__ = [
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",
+    "pipeline",
     "set_vit",
     "small_gigatok_tokenizer",
     "to_json",

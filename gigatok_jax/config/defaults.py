@@ -23,6 +23,9 @@ GPT_SIZES = {  # width, layers, heads (GigaTok's code; arXiv 2406.06525, Table 1
     "7b": (4096, 32, 32),
 }
 
+# What follows a tokenizer's run, in order.
+STAGES = ("export_tokenizer", "encode_train", "encode_eval", "train_generator", "export_generator", "sample")
+
 
 def gigatok_tokenizer() -> ConfigDict:
     """The `tokenizer` section of GigaTok; sizes are those of S-S at 256 px."""
@@ -261,3 +264,8 @@ def ar(size: str = "b") -> ConfigDict:
     cfg.data.update(source="tokens", num_threads=4)  # "tokens", or pictures
     cfg.eval = dict(every=5000, batch=64, num_images=512, unigram_images=16_384)  # the last: crops trained on, at most
     return cfg
+
+
+def pipeline() -> ConfigDict:
+    """A pipeline from a tokenizer's run to samples: flags of each stage's entry point, none yet; unlocked."""
+    return ConfigDict({stage: {} for stage in STAGES})

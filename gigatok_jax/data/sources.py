@@ -88,7 +88,8 @@ class Photographs:
     """The real colour photographs inside scikit-image's (train) and scikit-learn's (eval) wheels.
 
     Whole photographs are held out: no crop of an eval picture is ever trained on, and both pictures of the
-    stereo pair are in train. Every photograph is its own class. Decoded arrays are kept in memory, read-only.
+    stereo pair are in train. They have no labels, which counts as one class without a name. Decoded arrays are kept in
+    memory, read-only.
 
     Args:
         split: "train" (nine pictures) or "eval" (two).
@@ -98,6 +99,7 @@ class Photographs:
         ImportError: the package with the pictures is not installed.
     """
 
+    class_names = ("",)
     SPLITS = {  # noqa: RUF012 (a constant)
         "train": (
             "skimage",
@@ -122,7 +124,6 @@ class Photographs:
             raise ValueError(f"photographs has no split {split!r}; splits: {', '.join(self.SPLITS)}")
         package, folder, self._names = self.SPLITS[split]
         self._folder = _package_folder(package) / folder
-        self.class_names = tuple(name.rsplit(".", 1)[0] for name in self._names)
         self._cache: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -142,7 +143,7 @@ class Photographs:
             image = decode_image(_read(self._folder / name, name, MAX_BYTES), name)
             image.flags.writeable = False
             self._cache[index] = image
-        return Record(self._cache[index], index, name)
+        return Record(self._cache[index], 0, name)
 
 
 def make_source(name: str, *, root: str | os.PathLike | None = None, split: str = "train") -> Source:

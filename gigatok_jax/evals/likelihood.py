@@ -22,8 +22,8 @@ class LikelihoodEvaluator:
     """Nats per id of held-out pictures (their first crop, or centre crop), teacher-forced, with their true class.
 
     "ar_val_loss", "ar_val_accuracy", and "unigram_entropy": the cross-entropy of the same ids under each position's
-    own distribution over the training ids. Crops of whole photographs that were held out have no class of training's:
-    they are scored with the null class.
+    own distribution over the training ids. Crops of whole photographs that were held out have no class: where the
+    training set has classes, they are scored with the null class.
 
     Args:
       frozen: as the train step's; what makes ids of pictures, where a source gives pictures.
@@ -83,7 +83,7 @@ class LikelihoodEvaluator:
             ids, classes = self._pictures.held_out(source, count, self.bad_records)
         if not len(ids):
             raise data.NoUsableImages(f"none of {count} held-out pictures can be read: {self.bad_records}")
-        if isinstance(source, data.Tiles):
+        if isinstance(source, data.Tiles) and source.class_names != self._train.class_names:
             classes = np.full(len(ids), self._model.num_classes)
         return np.stack(ids), np.asarray(classes, np.int32)
 

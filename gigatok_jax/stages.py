@@ -1,0 +1,183 @@
+"""The stages that follow a tokenizer's run: their commands, and running them one after another.
+
+Under the run's folder: `bundles/tokenizer`, `tokens/train` and `tokens/eval`, `generator` (a run of its own),
+`bundles/generator`, `samples`; and `pipeline.json`, which says of every stage what it was made by and how long it took.
+"""
+
+import hashlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from gigatok_jax.config import STAGES
+from gigatok_jax.data.shards import write_json
+from gigatok_jax.metrics import format_duration
+
+NOTES = "pipeline.json"
+UNFINISHED = 128 + signal.SIGTERM  # status of a training that was told to stop: elsewhere that is a success
+
+
+class StageFailed(RuntimeError):
+    """A stage ended before it was whole; `status` is the exit status that the pipeline ends with."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Stage(NamedTuple):
+    """One command.
+
+    arguments: module and flags, what follows `python -m`.
+    reads: files that name its inputs: where they or the command have changed, it is run again.
+    writes: files that are there once it is whole.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    reads: tuple[Path, ...]
+    writes: tuple[Path, ...]
+
+    def line(self, python: str = "python") -> str:
+        """The command, to be pasted into a shell."""
+        return shlex.join([python, "-m", *self.arguments])
+
+    def digest(self) -> str:
+        """SHA-256 of the command and of the files it reads."""
+        parts = [self.line().encode(), *(path.read_bytes() for path in self.reads if path.is_file())]
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def plan(cfg: Mapping[str, Any], run: Path) -> list[Stage]:
+    """The stages of a pipeline's config, in order; the paths between them come from here, other flags from the config.
+
+    Raises:
+      ValueError: the config has other sections than `config.STAGES`, or names no config of the generator.
+    """
+    if wrong := sorted(set(cfg) ^ set(STAGES)):
+        raise ValueError(f"the config has unknown or missing stages: {', '.join(wrong)}; there are {', '.join(STAGES)}")
+    if "config" not in cfg["train_generator"]:
+        raise ValueError("the config's train_generator has no \"config\", the file of the generator's config")
+    tokens, training, samples = run / "tokens", run / "generator", run / "samples"
+    tokenizer, generator = run / "bundles" / "tokenizer", run / "bundles" / "generator"
+    config_file = Path(cfg["train_generator"]["config"].partition(":")[0])
+    roots = {"config.data.root": tokens, "config.data.eval_root": tokens, "preemption_code": UNFINISHED}
+    in_bundle = ("config.json", "model.safetensors")
+    # program, its paths, what it reads, what it writes
+    table: dict[str, tuple[str, dict[str, Any], list[Path], list[Path]]] = {
+        "export_tokenizer": (
+            "export",
+            {"checkpoint": run, "bundle": tokenizer},
+            [run / "metrics.jsonl"],
+            [tokenizer / name for name in in_bundle],
+        ),
+        **{
+            f"encode_{split}": (
+                "encode",
+                {"bundle": tokenizer, "out": tokens / split},
+                [tokenizer / "config.json"],
+                [tokens / split / "dataset.json"],
+            )
+            for split in ("train", "eval")
+        },
+        "train_generator": (
+            "train",
+            {"workdir": training, **roots},
+            [config_file, *(tokens / split / "dataset.json" for split in ("train", "eval"))],
+            [training / "report.json"],
+        ),
+        "export_generator": (
+            "export",
+            {"checkpoint": training, "bundle": generator},
+            [training / "metrics.jsonl"],
+            [generator / name for name in in_bundle],
+        ),
+        "sample": (
+            "sample",
+            {"generator": generator, "tokenizer": tokenizer, "out": samples},
+            [generator / "config.json", tokenizer / "config.json"],
+            [samples / "samples.npz"],
+        ),
+    }
+    return [
+        Stage(name, (f"gigatok_jax.{program}", *_flags({**cfg[name], **paths})), tuple(reads), tuple(writes))
+        for name, (program, paths, reads, writes) in table.items()
+    ]
+
+
+def _flags(values: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        yield f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no'}{name}"
+
+
+class Running:
+    """Runs commands; SIGTERM and Ctrl-C go on to the one that runs, and are remembered."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self.signalled = 0
+
+    def __enter__(self) -> "Running":
+        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, command: Sequence[str]) -> int:
+        """Runs a command to its end; returns its status, 128 + n after signal n."""
+        # A session of its own: Ctrl-C in a terminal would otherwise arrive twice, from the terminal and from here.
+        self._process = subprocess.Popen(command, start_new_session=True)
+        if self.signalled:  # while it was starting
+            self._process.send_signal(self.signalled)
+        status = self._process.wait()
+        return status if status >= 0 else 128 - status
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+def run(stages: Sequence[Stage], notes_path: Path) -> dict[str, dict[str, Any]]:
+    """Runs what is not whole yet, in order, and returns the notes of every stage.
+
+    Returns:
+      {stage: {"digest", "seconds" over all attempts, "whole"}}.
+    Raises:
+      StageFailed: a stage failed or was told to stop; those after it were not begun.
+    """
+    notes = json.loads(notes_path.read_text()) if notes_path.is_file() else {}
+    with Running() as running:
+        for number, stage in enumerate(stages, 1):
+            title, digest = f"[{number}/{len(stages)}] {stage.name}", stage.digest()
+            note = notes.get(stage.name, {})
+            if note.get("digest") != digest:
+                note = {"digest": digest, "seconds": 0.0, "whole": False}
+            if note["whole"] and all(path.is_file() for path in stage.writes):
+                print(f"{title}: done before, in {format_duration(note['seconds'])}", flush=True)
+                continue
+            print(f"{title}\n{stage.line(sys.executable)}", flush=True)
+            started = time.monotonic()
+            status = running([sys.executable, "-m", *stage.arguments])
+            seconds = note["seconds"] + time.monotonic() - started
+            notes[stage.name] = {"digest": digest, "seconds": round(seconds, 1), "whole": status == 0}
+            write_json(notes_path, notes)
+            _check(stage, status, running.signalled)
+    return notes
+
+
+def _check(stage: Stage, status: int, signalled: int) -> None:
+    """Raises StageFailed unless a stage is whole and the next may begin."""
+    if signalled:
+        raise StageFailed(f"stopped in stage {stage.name}; the same command goes on from here", 128 + signalled)
+    if status:
+        raise StageFailed(f"stage {stage.name} failed with status {status}: {stage.line(sys.executable)}", status)

@@ -1,0 +1,30 @@
+"""Entry points inside the tests' own process."""
+
+import contextlib
+import importlib
+import sys
+
+from absl import flags
+
+
+@contextlib.contextmanager
+def defined(name):
+    """The module that `python -m name` would run, with its flags defined for a while; yields (module, their names)."""
+    before = set(flags.FLAGS)
+    module = importlib.import_module(name)
+    try:
+        module.define_flags()
+        yield module, set(flags.FLAGS) - before
+    finally:
+        for flag in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, flag)
+
+
+@contextlib.contextmanager
+def entry_point(arguments, monkeypatch):
+    """The module of a command, with its flags read; `arguments` are what follows `python -m`."""
+    name, *rest = arguments
+    monkeypatch.setattr(sys, "argv", [name, *rest])  # where configs look for what overrides them
+    with defined(name) as (module, _):
+        flags.FLAGS(sys.argv)
+        yield module

@@ -1,0 +1,118 @@
+"""Stages: their commands name what is there; run in order, not again when whole, and stopped with a name."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from gigatok_jax import config, stages
+from gigatok_jax.stages import Stage, StageFailed
+from tests.entry_points import entry_point
+from tests.tiny import config_module
+
+PIPELINES = ("quickstart", "emoji")
+PROGRAM = """
+import os, pathlib, signal, sys
+name, what = sys.argv[1:]
+with open("ran", "a") as file:
+    file.write(name + " ")
+if what == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pause()
+if what == "fail":
+    sys.exit(3)
+pathlib.Path(name).touch()
+"""
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_commands_are_understood_by_their_entry_points(name, monkeypatch):
+    cfg = config_module(f"pipelines/{name}").get_config().to_dict()
+    planned = stages.plan(cfg, Path("runs/x"))
+    assert [stage.name for stage in planned] == list(config.STAGES)
+    for stage in planned:
+        with entry_point(stage.arguments, monkeypatch):
+            assert set(cfg[stage.name]) <= set(flags.FLAGS), stage.name
+            if stage.name == "train_generator":
+                data = flags.FLAGS.config.data
+                assert data.root == data.eval_root == "runs/x/tokens" and data.eval_source == "tokens"
+
+
+def test_a_flag_that_is_not_there_is_found(monkeypatch):
+    with (
+        pytest.raises(flags.UnrecognizedFlagError, match="num_view"),
+        entry_point(("gigatok_jax.encode", "--bundle=x", "--source=emoji", "--out=y", "--num_vues=2"), monkeypatch),
+    ):
+        pass
+
+
+def test_every_path_that_a_stage_reads_was_written_before(monkeypatch):
+    cfg = config_module("pipelines/quickstart").get_config().to_dict()
+    run = Path("runs/x")
+    written = {run / "metrics.jsonl", run / "generator" / "metrics.jsonl", Path("configs/quickstart_ar.py")}
+    for stage in stages.plan(cfg, run):
+        assert set(stage.reads) <= written, stage.name
+        written |= set(stage.writes)
+
+
+def test_a_config_with_other_stages_is_refused():
+    cfg = config_module("pipelines/quickstart").get_config().to_dict()
+    with pytest.raises(ValueError, match="unknown or missing stages: sampel"):
+        stages.plan({**cfg, "sampel": {}}, Path("x"))
+    with pytest.raises(ValueError, match="train_generator"):
+        stages.plan({**cfg, "train_generator": {}}, Path("x"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where `program.py` is, which notes that it ran and does what it is told."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "input").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stage(name, what="write"):
+    return Stage(name, ("program", name, what), (Path("input"),), (Path(name),))
+
+
+def ran(planned):
+    """Names of the stages that a run ran."""
+    Path("ran").write_text("")
+    stages.run(planned, Path("notes.json"))
+    return Path("ran").read_text().split()
+
+
+def test_runs_in_order_and_only_what_is_not_whole(folder, capfd):
+    planned = [stage("a"), stage("b"), stage("c")]
+    assert ran(planned) == ["a", "b", "c"]
+    assert f"[2/3] b\n{sys.executable} -m program b write\n" in capfd.readouterr().out
+    assert ran(planned) == []
+    (folder / "b").unlink()
+    assert ran(planned) == ["b"]
+    assert ran([stage("a"), stage("b", "anew"), stage("c")]) == ["b"]
+    (folder / "input").write_text("2")
+    assert ran(planned) == ["a", "b", "c"]
+
+
+def test_a_stage_that_fails_stops_the_rest_and_is_named(folder):
+    with pytest.raises(StageFailed, match=r"stage b failed with status 3: .* -m program b fail") as caught:
+        ran([stage("a"), stage("b", "fail"), stage("c")])
+    assert caught.value.status == 3 and Path("ran").read_text().split() == ["a", "b"]
+    assert ran([stage("a"), stage("b"), stage("c")]) == ["b", "c"]
+
+
+def test_sigterm_goes_on_to_the_stage_and_ends_the_pipeline(folder):
+    with pytest.raises(StageFailed, match="stopped in stage b; the same command goes on") as caught:
+        ran([stage("a"), stage("b", "wait"), stage("c")])
+    assert caught.value.status == 143 and Path("ran").read_text().split() == ["a", "b"]
+    notes = json.loads(Path("notes.json").read_text())
+    assert notes["a"]["whole"] and not notes["b"]["whole"]
+    before = notes["b"]["seconds"]
+    assert before > 0
+    with pytest.raises(StageFailed):
+        ran([stage("a"), stage("b", "wait"), stage("c")])
+    assert json.loads(Path("notes.json").read_text())["b"]["seconds"] > before, "time over all attempts"
