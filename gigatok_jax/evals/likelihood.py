@@ -1,6 +1,6 @@
 """How well a generator predicts held-out ids, beside what is known of them without one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.ar import ARObjective
 
 FITTED = 65_536  # training pictures, evenly spaced, that the unigram is fitted on at most
+Part = tuple[np.ndarray, np.ndarray]  # ids (M, K) and true classes (M,) of M pictures, int32
 SMOOTHING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -48,19 +49,30 @@ class LikelihoodEvaluator:
                 f"set --config.eval.num_images={len(held_out)}"
             )
         self.bad_records: dict[str, str] = {}
-        records = list(self._records(held_out, count))
-        if not records:
-            raise ValueError(f"none of {count} encoded pictures can be read; the first: {self.bad_records}")
-        self._ids = np.stack([record.ids_RK[0] for record in records])
-        self._classes = np.array([record.label for record in records], np.int32)
+        self._held_out = stored_ids(held_out, count, self.bad_records)
         model = objective.generator
         counts_KV = np.zeros((model.num_latent_tokens, model.codebook_size))
-        for record in self._records(train, min(FITTED, len(train))):
+        for record in _spread(train, min(FITTED, len(train)), self.bad_records):
             np.add.at(counts_KV, (np.arange(len(counts_KV))[None], record.ids_RK), 1)
-        self._unigram = unigram_entropy(counts_KV, self._ids)
+        self._unigram = unigram_entropy(counts_KV, self._held_out[0])
+        self._likelihood = Likelihood(objective, mesh, min(cfg["eval"]["batch"], count))
+
+    def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], None]:
+        """Parameters by group → (scores by name, no picture)."""
+        scores = self._likelihood(params, [self._held_out])
+        return {**scores, "unigram_entropy": self._unigram}, None
+
+
+class Likelihood:
+    """Mean nats per id of pictures under a generator, teacher-forced, with their true class.
+
+    Args:
+      batch: pictures at once, rounded up to what divides over the mesh.
+    """
+
+    def __init__(self, objective: ARObjective, mesh: Mesh, batch: int):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch = -(-min(cfg["eval"]["batch"], count) // shards) * shards
-        self._mesh = mesh
+        self._batch, self._mesh = -(-batch // shards) * shards, mesh
 
         def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, valid_B: jax.Array) -> Any:
             with constraints(sharding.activation_constraint(mesh)):
@@ -69,25 +81,63 @@ class LikelihoodEvaluator:
 
         self._scores = jax.jit(scores, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], None]:
-        """Parameters by group → (scores by name, no picture)."""
-        sums = np.zeros(2)
-        for start in range(0, len(self._ids), self._batch):
-            at = np.minimum(np.arange(start, start + self._batch), len(self._ids) - 1)
-            valid = (np.arange(start, start + self._batch) < len(self._ids)).astype(np.float32)
-            rows = (sharding.place_rows(x, self._mesh) for x in (self._ids[at], self._classes[at], valid))
-            sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
-        loss, accuracy = (sums / len(self._ids)).tolist()
-        scores = {"ar_val_loss": loss, "ar_val_accuracy": accuracy, "unigram_entropy": self._unigram}
-        return {**scores, "num_images": len(self._ids)}, None
+    def __call__(self, params: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, float]:
+        """Parameters by group and pictures, in parts → {"ar_val_loss", "ar_val_accuracy", "num_images"}.
 
-    def _records(self, source: data.TokenSet, count: int) -> Iterator[data.TokenRecord]:
-        """`count` evenly spaced records; bad ones are named and left out."""
-        for index in (j * len(source) // count for j in range(count)):
-            try:
-                yield source[index]
-            except data.BadRecord as error:
-                self.bad_records[error.name] = error.reason
+        Raises:
+          ValueError: there is no picture.
+        """
+        sums, total = np.zeros(2), 0
+        for ids_MK, class_M in parts:
+            for start in range(0, len(ids_MK), self._batch):
+                at = np.minimum(np.arange(start, start + self._batch), len(ids_MK) - 1)
+                valid = (np.arange(start, start + self._batch) < len(ids_MK)).astype(np.float32)
+                rows = (sharding.place_rows(x, self._mesh) for x in (ids_MK[at], class_M[at], valid))
+                sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
+            total += len(ids_MK)
+        if not total:
+            raise ValueError("there is no held-out picture that can be read")
+        return {**dict(zip(("ar_val_loss", "ar_val_accuracy"), (sums / total).tolist())), "num_images": total}
+
+
+def encoded_ids(
+    source: data.Source,
+    tokenize: Callable[[np.ndarray], np.ndarray],
+    *,
+    image_size: int,
+    count: int,
+    batch: int,
+    bad_records: dict[str, str],
+) -> Iterator[Part]:
+    """The ids of `count` evenly spaced pictures, centre-cropped (ADM), in parts of at most `batch`.
+
+    Args:
+      tokenize: (batch, S, S, 3) uint8 → (batch, K) ids; it sees one batch size only.
+    """
+    for rows in data.eval_batches(source, image_size=image_size, batch=batch, count=count, bad_records=bad_records):
+        yield tokenize(rows["image"])[rows["valid"]], rows["label"][rows["valid"]]
+
+
+def stored_ids(source: data.TokenSet, count: int, bad_records: dict[str, str]) -> Part:
+    """The ids of the first crop of `count` evenly spaced records.
+
+    Bad ones are left out and named in `bad_records`.
+
+    Raises:
+      ValueError: all are bad.
+    """
+    records = list(_spread(source, count, bad_records))
+    if not records:
+        raise ValueError(f"none of {count} encoded pictures can be read; the first: {bad_records}")
+    return np.stack([record.ids_RK[0] for record in records]), np.array([record.label for record in records], np.int32)
+
+
+def _spread(source: data.TokenSet, count: int, bad_records: dict[str, str]) -> Iterator[data.TokenRecord]:
+    for index in (j * len(source) // count for j in range(count)):
+        try:
+            yield source[index]
+        except data.BadRecord as error:
+            bad_records[error.name] = error.reason
 
 
 def unigram_entropy(counts_KV: np.ndarray, held_out_MK: np.ndarray) -> float:

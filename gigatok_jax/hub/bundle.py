@@ -150,6 +150,16 @@ def load(path: str | os.PathLike, kind: str | None = None) -> Bundle:
     return Bundle(content["kind"], section, params, tuple(content["class_names"]), *kept)
 
 
+def check_pair(generator: Bundle, tokenizer_hash: str) -> None:
+    """Raises ValueError where the generator was trained on the ids of another tokenizer."""
+    made = generator.tokenizer
+    if made is None or made["hash"] != tokenizer_hash:
+        raise ValueError(
+            f"the generator writes ids of the tokenizer {made and made['hash'][:12]}…, the one given is "
+            f"{tokenizer_hash[:12]}…: give the bundle that its training ids were encoded with"
+        )
+
+
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
     """A section with every field of its family and no other, of the right types.
 
