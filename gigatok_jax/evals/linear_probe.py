@@ -69,32 +69,26 @@ def features_of(
     """A place in a network and the placed parameters that lead there; layers behind it are left out.
 
     Args:
-      kind: see `Features`.
+      kind: see `Features`; "generator" needs one.
       layer: of decoder or generator; 0 is the published one: the layer that was distilled, the middle.
     Raises:
-      ValueError: there is no such layer, or no generator.
+      ValueError: there is no such layer.
     """
     if kind == "encoder" and layer:
         raise ValueError(f"layer={layer}: the encoder is probed after its last layer; leave it out")
-    if kind == "generator" and generator is None:
-        raise ValueError("features of a generator need its bundle")
-    section, params = dict(tokenizer.section), dict(tokenizer.params)
-    params.pop("decoder")
+    section, model, writer = tokenizer.section, tokenizer.model(dtype), None
+    networks = {"tokenizer": {name: part for name, part in tokenizer.params.items() if name != "decoder"}}
     if kind == "decoder":
         layer = _layer(kind, layer or section["distill_layer"], section["decoder_depth"])
-        section |= {"decoder_depth": layer, "teacher_dim": 0}
-        params["decoder"] = {k: v for k, v in tokenizer.params["decoder"].items() if k != "distill"}
-        params["decoder"]["stack"] = _first_layers(params["decoder"]["stack"], layer)
-    model = tokenizer._replace(section=section).model(dtype)
-    networks = {"tokenizer": params}
-    if kind == "decoder":
+        shorter = {**section, "decoder_depth": layer, "teacher_dim": 0}
+        model = tokenizer._replace(section=shorter).model(dtype)
         model = model.clone(decoder=model.decoder.clone(taps=(layer,)))
-    if kind != "generator":
-        return Features(kind, model, None, layer), place(networks, mesh, "fsdp")
-    depth = generator.section["depth"]
-    layer = _layer(kind, layer or max(1, depth // 2), depth)
-    networks["generator"] = {**generator.params, "stack": _first_layers(generator.params["stack"], layer)}
-    writer = generator._replace(section={**generator.section, "depth": layer}).model(dtype)
+        networks["tokenizer"]["decoder"] = _first_layers(tokenizer.params["decoder"], layer)
+    elif kind == "generator":
+        depth = generator.section["depth"]
+        layer = _layer(kind, layer or max(1, depth // 2), depth)
+        writer = generator._replace(section={**generator.section, "depth": layer}).model(dtype)
+        networks["generator"] = _first_layers(generator.params, layer)
     return Features(kind, model, writer, layer), place(networks, mesh, "fsdp")
 
 
@@ -104,8 +98,8 @@ def _layer(kind: str, layer: int, depth: int) -> int:
     return layer
 
 
-def _first_layers(stack: Mapping[str, Any], count: int) -> dict[str, Any]:
-    return {"layers": jax.tree.map(lambda x: x[:count], stack["layers"])}
+def _first_layers(params: Mapping[str, Any], count: int) -> dict[str, Any]:
+    return {**params, "stack": {"layers": jax.tree.map(lambda x: x[:count], params["stack"]["layers"])}}
 
 
 def check_sources(train: data.Source, held_out: data.Source, batch: int, count: int) -> None:
