@@ -42,6 +42,21 @@ def schedule(kind: str, *, peak: float, end: float, warmup: int, num_steps: int,
     return rate
 
 
+def lars(trust: float = 1e-3, momentum: float = 0.9) -> optax.GradientTransformation:
+    """The direction of LARS before the learning rate, as linear probes use it (arXiv 1708.03888, MAE's form).
+
+    Gradients of matrices are scaled to `trust` times their parameters' norm, those of one dimension are left as they
+    are. Momentum gathers directions and the rate comes after it; `optax.lars` has it the other way round, which is
+    another path under a schedule.
+    """
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    scale = optax.scale_by_trust_ratio(trust_coefficient=trust)
+    return optax.chain(optax.masked(scale, matrices), optax.trace(momentum))
+
+
 class Group(NamedTuple):
     """How one parameter group is updated; `transform` gives the direction before the learning rate."""
 

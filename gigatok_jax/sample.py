@@ -60,12 +60,7 @@ def labels_of(text: str, count: int, num_classes: int, seed: int) -> np.ndarray:
 
 def check_pair(generator: GeneratorPipeline, tokenizer: TokenizerPipeline) -> None:
     """Raises ValueError where the generator was trained on another tokenizer's ids."""
-    made = generator.bundle.tokenizer
-    if made is None or made["hash"] != tokenizer.bundle.hash:
-        raise ValueError(
-            f"the generator writes ids of the tokenizer {made and made['hash'][:12]}…, --tokenizer is "
-            f"{tokenizer.bundle.hash[:12]}…: give the bundle that its training ids were encoded with"
-        )
+    bundle.check_pair(generator.bundle, tokenizer.bundle.hash)
 
 
 def sample_images(

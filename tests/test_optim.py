@@ -75,3 +75,53 @@ def test_wsd_decays_to_its_end_rate():
     rate = optim.schedule("wsd", peak=1.0, end=0.1, warmup=0, num_steps=100, decay_fraction=0.5)
     assert float(rate(49)) == 1.0 and float(rate(100)) == pytest.approx(0.1)
     assert float(rate(62.5)) == pytest.approx(0.55)
+
+
+def assert_moved_alike(got, want, start):
+    """Compares what parameters moved by, which for a kernel under LARS is thousands of times less than they are."""
+    for name, before in start.items():
+        moved = np.asarray(want[name], np.float64) - before
+        assert np.linalg.norm(np.asarray(got[name], np.float64) - before - moved) < 1e-3 * np.linalg.norm(moved), name
+
+
+def lars_written_out(rates, kernel, bias, gradients, trust=1e-3, momentum=0.9):
+    """LARS written out: momentum of directions, then the rate; the one-dimensional bias is not rescaled."""
+    moments = [np.zeros_like(kernel), np.zeros_like(bias)]
+    for rate, (dk, db) in zip(rates, gradients):
+        for moment, direction in zip(moments, (dk * trust * np.linalg.norm(kernel) / np.linalg.norm(dk), db)):
+            moment *= momentum
+            moment += direction
+        kernel, bias = kernel - rate * moments[0], bias - rate * moments[1]
+    return kernel, bias
+
+
+def test_lars_follows_a_schedule():
+    rng = np.random.default_rng(0)
+    rates = (0.0, 2.0, 0.5)
+    drawn = [(rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32)) for _ in range(4)]
+    params, gradients = dict(zip(("kernel", "bias"), drawn[0])), drawn[1:]
+    group = optim.Group(optim.lars(), lambda step: jnp.asarray(rates)[step], clip=0.0, ema=0.0, trainable=".*")
+    got, opt = params, optim.init(group, params)
+    for step, (dk, db) in enumerate(gradients):
+        got, opt = optim.update(group, {"kernel": dk, "bias": db}, jnp.float32(1), opt, got, jnp.int32(step))
+    kernel, bias = lars_written_out(rates, params["kernel"], params["bias"], gradients)
+    assert_moved_alike(got, {"kernel": kernel, "bias": bias}, params)
+
+
+@pytest.mark.golden
+def test_published_lars(golden):
+    """Three steps of the published optimiser on a linear layer's cross-entropy, at rate 0.5."""
+    io = np.load(golden / "gigatok" / "lars.npz")
+    group = optim.Group(optim.lars(), lambda step: 0.5, clip=0.0, ema=0.0, trainable=".*")
+    params = {"kernel": jnp.asarray(io["w0"].T), "bias": jnp.asarray(io["b0"])}
+
+    def loss(params, x, y):
+        logits = x @ params["kernel"] + params["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    opt = optim.init(group, params)
+    for step, (x, y, want) in enumerate(zip(io["xs"], io["ys"], io["params"])):
+        gradients = jax.grad(loss)(params, x, y)
+        params, opt = optim.update(group, gradients, optax.global_norm(gradients), opt, params, jnp.int32(step))
+        kernel, bias = want[:24].reshape(4, 6).T, want[24:]
+        assert_moved_alike(params, {"kernel": kernel, "bias": bias}, {"kernel": io["w0"].T, "bias": io["b0"]})

@@ -1,7 +1,7 @@
 """How well a generator predicts held-out ids, beside what is known of them without one."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from gigatok_jax.hub.frozen import id_writer
 from gigatok_jax.nn.constrain import constraints
 from gigatok_jax.objectives.ar import ARObjective
 
+Part = tuple[np.ndarray, np.ndarray]  # ids (M, K) and true classes (M,) of M pictures, int32
 SMOOTHING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -42,12 +43,58 @@ class LikelihoodEvaluator:
         train: data.Source,
         frozen: Mapping[str, Any],
     ):
-        self._cfg, self._train, self._model, self._mesh = cfg, train, objective.generator, mesh
+        self._cfg, self._train, self._model = cfg, train, objective.generator
         self.bad_records: dict[str, str] = {}
         self._held_out = held_out(cfg, train, self._model.num_classes)
+        self._likelihood = Likelihood(objective, mesh, min(cfg["eval"]["batch"], cfg["eval"]["num_images"]))
+        self._pictures = PictureIds(cfg, objective, mesh, frozen, self._likelihood.batch)
+
+    def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], None]:
+        """Parameters by group → (scores by name, no picture).
+
+        Raises:
+          data.NoUsableImages: at the first call, for pictures of which none can be read.
+        """
+        scores = self._likelihood(params, [self._scored])
+        return {**scores, "unigram_entropy": self._unigram}, None
+
+    @functools.cached_property
+    def _scored(self) -> Part:
+        """The held-out pictures."""
+        source, count = self._held_out, self._cfg["eval"]["num_images"]
+        if hasattr(source, "tokenizer"):
+            ids, classes = stored_ids(source, count, self.bad_records)
+        else:
+            ids, classes = self._pictures.held_out(source, count, self.bad_records)
+            if not len(ids):
+                raise data.NoUsableImages(f"none of {count} held-out pictures can be read: {self.bad_records}")
+        if isinstance(source, data.Tiles) and source.class_names != self._train.class_names:
+            classes = np.full(len(ids), self._model.num_classes)
+        return ids, np.asarray(classes, np.int32)
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        train, count = self._train, self._cfg["eval"]["unigram_images"]
+        if hasattr(train, "tokenizer"):
+            fitted = (record.ids_RK for record in _spread(train, min(count, len(train)), self.bad_records))
+        else:
+            fitted = self._pictures.trained(train, count, self.bad_records)
+        counts_KV = np.zeros((self._model.num_latent_tokens, self._model.codebook_size))
+        for ids_BK in fitted:
+            np.add.at(counts_KV, (np.arange(len(counts_KV))[None], ids_BK), 1)
+        return unigram_entropy(counts_KV, self._scored[0])
+
+
+class Likelihood:
+    """Mean nats per id of pictures under a generator, teacher-forced, with their true class.
+
+    Args:
+      batch: pictures at once, rounded up to what divides over the mesh.
+    """
+
+    def __init__(self, objective: ARObjective, mesh: Mesh, batch: int):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch = -(-min(cfg["eval"]["batch"], cfg["eval"]["num_images"]) // shards) * shards
-        self._pictures = PictureIds(cfg, objective, mesh, frozen, self._batch)
+        self.batch, self._mesh = -(-batch // shards) * shards, mesh
 
         def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, valid_B: jax.Array) -> Any:
             with constraints(sharding.activation_constraint(mesh)):
@@ -56,56 +103,63 @@ class LikelihoodEvaluator:
 
         self._scores = jax.jit(scores, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], None]:
-        """Parameters by group → (scores by name, no picture).
+    def __call__(self, params: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, float]:
+        """Parameters by group and pictures, in parts → {"ar_val_loss", "ar_val_accuracy", "num_images"}.
 
         Raises:
-          data.NoUsableImages: at the first call, for pictures of which none can be read.
+          ValueError: there is no picture.
         """
-        (ids, classes), sums = self._scored, np.zeros(2)
-        for start in range(0, len(ids), self._batch):
-            at = np.minimum(np.arange(start, start + self._batch), len(ids) - 1)
-            valid = (np.arange(start, start + self._batch) < len(ids)).astype(np.float32)
-            rows = (sharding.place_rows(x, self._mesh) for x in (ids[at], classes[at], valid))
-            sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
-        loss, accuracy = (sums / len(ids)).tolist()
-        scores = {"ar_val_loss": loss, "ar_val_accuracy": accuracy, "unigram_entropy": self._unigram}
-        return {**scores, "num_images": len(ids)}, None
+        sums, total = np.zeros(2), 0
+        for ids_MK, class_M in parts:
+            for start in range(0, len(ids_MK), self.batch):
+                at = np.minimum(np.arange(start, start + self.batch), len(ids_MK) - 1)
+                valid = (np.arange(start, start + self.batch) < len(ids_MK)).astype(np.float32)
+                rows = (sharding.place_rows(x, self._mesh) for x in (ids_MK[at], class_M[at], valid))
+                sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
+            total += len(ids_MK)
+        if not total:
+            raise ValueError("there is no held-out picture that can be read")
+        return {**dict(zip(("ar_val_loss", "ar_val_accuracy"), (sums / total).tolist())), "num_images": total}
 
-    @functools.cached_property
-    def _scored(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (M, K), classes (M,)) of the held-out pictures."""
-        source, count = self._held_out, self._cfg["eval"]["num_images"]
-        if hasattr(source, "tokenizer"):
-            records = list(self._records(source, count))
-            ids, classes = [record.ids_RK[0] for record in records], [record.label for record in records]
-        else:
-            ids, classes = self._pictures.held_out(source, count, self.bad_records)
-        if not len(ids):
-            raise data.NoUsableImages(f"none of {count} held-out pictures can be read: {self.bad_records}")
-        if isinstance(source, data.Tiles) and source.class_names != self._train.class_names:
-            classes = np.full(len(ids), self._model.num_classes)
-        return np.stack(ids), np.asarray(classes, np.int32)
 
-    @functools.cached_property
-    def _unigram(self) -> float:
-        train, count = self._train, self._cfg["eval"]["unigram_images"]
-        if hasattr(train, "tokenizer"):
-            fitted = (record.ids_RK for record in self._records(train, min(count, len(train))))
-        else:
-            fitted = self._pictures.trained(train, count, self.bad_records)
-        counts_KV = np.zeros((self._model.num_latent_tokens, self._model.codebook_size))
-        for ids_BK in fitted:
-            np.add.at(counts_KV, (np.arange(len(counts_KV))[None], ids_BK), 1)
-        return unigram_entropy(counts_KV, self._scored[0])
+def encoded_ids(
+    source: data.Source,
+    tokenize: Callable[[np.ndarray], np.ndarray],
+    *,
+    image_size: int,
+    count: int,
+    batch: int,
+    bad_records: dict[str, str],
+) -> Iterator[Part]:
+    """The ids of `count` evenly spaced pictures, centre-cropped (ADM), in parts of at most `batch`.
 
-    def _records(self, source: data.TokenSet, count: int) -> Iterator[data.TokenRecord]:
-        """`count` evenly spaced records; bad ones are named and left out."""
-        for index in (j * len(source) // count for j in range(count)):
-            try:
-                yield source[index]
-            except data.BadRecord as error:
-                self.bad_records[error.name] = error.reason
+    Args:
+      tokenize: (batch, S, S, 3) uint8 → (batch, K) ids; it sees one batch size only.
+    """
+    for rows in data.eval_batches(source, image_size=image_size, batch=batch, count=count, bad_records=bad_records):
+        yield tokenize(rows["image"])[rows["valid"]], rows["label"][rows["valid"]]
+
+
+def stored_ids(source: data.TokenSet, count: int, bad_records: dict[str, str]) -> Part:
+    """The ids of the first crop of `count` evenly spaced records.
+
+    Bad ones are left out and named in `bad_records`.
+
+    Raises:
+      data.NoUsableImages: all are bad.
+    """
+    records = list(_spread(source, count, bad_records))
+    if not records:
+        raise data.NoUsableImages(f"none of {count} encoded pictures can be read: {bad_records}")
+    return np.stack([record.ids_RK[0] for record in records]), np.array([record.label for record in records], np.int32)
+
+
+def _spread(source: data.TokenSet, count: int, bad_records: dict[str, str]) -> Iterator[data.TokenRecord]:
+    for index in (j * len(source) // count for j in range(count)):
+        try:
+            yield source[index]
+        except data.BadRecord as error:
+            bad_records[error.name] = error.reason
 
 
 def held_out(cfg: Mapping[str, Any], train: data.Source, num_classes: int) -> data.Source:

@@ -209,6 +209,16 @@ def facts(section: Mapping[str, Any], digest: str) -> dict[str, Any]:
     return {"hash": digest, **{name: section[name] for name in ("codebook_size", "num_latent_tokens", "image_size")}}
 
 
+def check_pair(generator: Bundle, tokenizer_hash: str) -> None:
+    """Raises ValueError where the generator was trained on the ids of another tokenizer."""
+    made = generator.tokenizer
+    if made is None or made["hash"] != tokenizer_hash:
+        raise ValueError(
+            f"the generator writes ids of the tokenizer {made and made['hash'][:12]}…, the one given is "
+            f"{tokenizer_hash[:12]}…: give the bundle that its training ids were encoded with"
+        )
+
+
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
     """A section with every field of its family and no other, of the right types.
 
