@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from gigatok_jax.data.records import Record
-from gigatok_jax.hub import bundle
+from gigatok_jax.hub import bundle, sections
 from tests.tiny import tiny_generator, tiny_run
 
 CLASSES = ("blue", "green", "red")
@@ -24,7 +24,7 @@ def tiny_writer(folder, tokenizer, seed=1, **changes):
 
 
 def _saved(folder, kind, section, seed, **facts):
-    shapes = bundle.parameter_shapes(kind, section)
+    shapes = sections.parameter_shapes(kind, section)
     arrays = {name: _drawn(name, leaf.shape, seed + n) for n, (name, leaf) in enumerate(shapes.items())}
     bundle.save(folder, kind, section, arrays.__getitem__, **facts)
     return bundle.load(folder)

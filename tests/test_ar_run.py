@@ -13,7 +13,7 @@ from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.records import Record
 from gigatok_jax.data.views import Views
 from gigatok_jax.evals.likelihood import unigram_entropy
-from gigatok_jax.hub import bundle
+from gigatok_jax.hub import bundle, sections
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
@@ -184,7 +184,7 @@ def pair(ids, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     section = tiny_run().tokenizer.to_dict()
     rng = np.random.default_rng(0)
-    shapes = bundle.parameter_shapes("tokenizer", section)
+    shapes = sections.parameter_shapes("tokenizer", section)
     arrays = {name: rng.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
     made = bundle.save(folder / "tokenizer", "tokenizer", section, arrays.__getitem__)
     for split, count in (("train", 40), ("eval", 11)):

@@ -10,7 +10,7 @@ from PIL import Image
 from gigatok_jax import checkpoint, config, data, evals, export, objectives, optim, run, sharding, train_state
 from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.views import Views
-from gigatok_jax.hub import bundle, frozen, keymap
+from gigatok_jax.hub import bundle, frozen, keymap, sections
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
@@ -24,7 +24,7 @@ K, V, SIZE = 8, 64, 8  # of tiny_run's tokenizer
 def write_bundles(*folders):
     """Fresh tokenizers by seed."""
     section = tiny_run().tokenizer.to_dict()
-    init, image = jax.jit(bundle.build_model("tokenizer", section).init), np.zeros((1, SIZE, SIZE, 3))
+    init, image = jax.jit(sections.build_model("tokenizer", section).init), np.zeros((1, SIZE, SIZE, 3))
     for seed, folder in enumerate(folders):
         params = jax.device_get(init(jax.random.key(seed), image)["params"])
         bundle.save(folder, "tokenizer", section, keymap.flatten(params).__getitem__)

@@ -1,7 +1,9 @@
 """After the quickstart's tokenizer: ids of photographs, a tiny generator of them, its images, and a page about it all.
 
-python -m gigatok_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
-python -m gigatok_jax.pipeline --config=configs/pipelines/quickstart.py --run=runs/quickstart
+    python -m gigatok_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m gigatok_jax.pipeline --config=configs/pipelines/quickstart.py --run=runs/quickstart
+
+Hardware and result: see `configs/quickstart_ar.py`.
 """
 
 from ml_collections import ConfigDict

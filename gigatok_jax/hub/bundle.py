@@ -13,33 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from gigatok_jax import config, objectives
-from gigatok_jax.discriminators.dino import DinoDiscriminator
-from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
+from gigatok_jax.hub.sections import RUN_ONLY, build_model, checked_section, parameter_shapes
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
 SCHEMA = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = ("schema", "kind", "section", "class_names", "tokenizer", "provenance", "weights_sha256", "hash")
-SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
-    "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
-    "generator": {"ar": config.ar_generator},
-    "discriminator": {
-        "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
-        "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
-    },
-}
-# How a section is run, not what it computes: two bundles that differ in these alone are the same.
-RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
-JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 MAX_CONFIG_BYTES = 16 * 2**20
 
 
@@ -73,32 +57,6 @@ class Bundle(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """Of a tokenizer: what token shards and generators keep of it."""
         return facts(self.section, self.hash)
-
-
-def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
-    """The network of a section; raises ValueError for sizes that its family refuses."""
-    dtype = jnp.dtype(dtype)
-    if section["family"] == "patchgan":
-        return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
-    if section["family"] == "dino":
-        return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
-    # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
-    section = {**section, "attention": "xla"}
-    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
-
-
-def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
-    model = build_model(kind, section)
-    # Shapes alone: sizes that nobody has checked yet must not take memory.
-    if kind == "generator":
-        inputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, section["num_latent_tokens"]), (1,))]
-    else:
-        size = section["image_size"] if kind == "tokenizer" else JUDGED
-        inputs = [jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)]
-    options = {"train": False} if kind == "discriminator" else {}
-    shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x, **options), *inputs)
-    return dict(sorted(keymap.flatten(shapes if kind == "discriminator" else shapes["params"]).items()))
 
 
 def save(
@@ -217,28 +175,6 @@ def check_pair(generator: Bundle, tokenizer_hash: str) -> None:
             f"the generator writes ids of the tokenizer {made and made['hash'][:12]}…, the one given is "
             f"{tokenizer_hash[:12]}…: give the bundle that its training ids were encoded with"
         )
-
-
-def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
-    """A section with every field of its family and no other, of the right types.
-
-    Raises:
-      ValueError: naming the field.
-    """
-    if kind not in SECTIONS or not isinstance(section, dict) or section.get("family") not in SECTIONS[kind]:
-        known = ", ".join(f"{kind} {family}" for kind, families in SECTIONS.items() for family in families)
-        family = section.get("family") if isinstance(section, dict) else section
-        raise ValueError(f"{where}: {kind!r} of family {family!r} is not one of {known}")
-    default = json.loads(SECTIONS[kind][section["family"]]().to_json())
-    if wrong := sorted(section.keys() ^ default.keys()):
-        raise ValueError(f"{where}: the {kind} section has unknown or missing fields: {', '.join(wrong)}")
-    for name, value in section.items():
-        wanted = type(default[name])
-        numbers = wanted is float and type(value) in (int, float)
-        lists = wanted is list and isinstance(value, list) and all(type(x) is int for x in value)
-        if not (numbers or lists or (wanted is not list and type(value) is wanted)):
-            raise ValueError(f"{where}: {name}={value!r} should be a {wanted.__name__}, as {default[name]!r} is")
-    return section
 
 
 def _hash(kind: str, section: Mapping[str, Any], weights: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 
 import gigatok_jax
-from gigatok_jax.hub import bundle, dino_heads, gigatok, gpt, keymap, llamagen, patchgan
+from gigatok_jax.hub import bundle, dino_heads, gigatok, gpt, keymap, llamagen, patchgan, sections
 from gigatok_jax.hub.published import opened
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
@@ -198,7 +198,7 @@ def section_of(name: str, shapes: Mapping[str, tuple[int, ...]], fields: Mapping
         raise ValueError(f"the {layout.kind} section has no {', '.join(unknown)}; it has {', '.join(section)}")
     section |= fields
     _check_form(name, section)
-    return bundle.checked_section(layout.kind, json.loads(json.dumps(section)), "the section")
+    return sections.checked_section(layout.kind, json.loads(json.dumps(section)), "the section")
 
 
 def publish(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import gigatok_jax
 from gigatok_jax import config, export, optim, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer
-from gigatok_jax.hub import bundle, keymap
+from gigatok_jax.hub import bundle, keymap, sections
 from gigatok_jax.sampling.pipelines import GeneratorPipeline
 from tests.steps import tiny_objective
 from tests.tiny import tiny_generator
@@ -211,7 +211,7 @@ def test_a_downloaded_bundle_is_read_without_a_network(folder, tmp_path, monkeyp
 
 def test_a_generator_samples_from_its_bundle(tmp_path):
     section = tiny_generator().to_dict()
-    shapes = bundle.parameter_shapes("generator", section)
+    shapes = sections.parameter_shapes("generator", section)
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
     facts = {"hash": "ab", "codebook_size": 16, "num_latent_tokens": 16, "image_size": 16}

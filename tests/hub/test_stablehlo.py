@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigatok_jax.hub import bundle, stablehlo
+from gigatok_jax.hub import bundle, sections, stablehlo
 from gigatok_jax.sampling.pipelines import from_pretrained
 from tests.tiny import tiny_generator, tiny_run
 
@@ -35,7 +35,7 @@ def run(folder, program, tmp_path, *inputs):
 def saved(folder, kind, section):
     """A bundle of drawn parameters with its programs."""
     rng = np.random.default_rng(0)
-    shapes = bundle.parameter_shapes(kind, section)
+    shapes = sections.parameter_shapes(kind, section)
     arrays = {name: rng.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
     bundle.save(folder, kind, section, arrays.__getitem__)
     return stablehlo.write(folder, kind, section)

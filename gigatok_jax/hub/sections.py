@@ -1,0 +1,75 @@
+"""The config sections that a bundle may have: their fields, and the networks they name."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gigatok_jax import config, objectives
+from gigatok_jax.discriminators.dino import DinoDiscriminator
+from gigatok_jax.discriminators.patchgan import PatchGAN
+from gigatok_jax.generators import ar
+from gigatok_jax.hub import keymap
+
+SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
+    "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
+    "generator": {"ar": config.ar_generator},
+    "discriminator": {
+        "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
+        "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
+    },
+}
+# How a section is run, not what it computes: two bundles that differ in these alone are the same.
+RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
+
+
+def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
+    """The network of a section; raises ValueError for sizes that its family refuses."""
+    dtype = jnp.dtype(dtype)
+    if section["family"] == "patchgan":
+        return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
+    if section["family"] == "dino":
+        return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
+    # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
+    section = {**section, "attention": "xla"}
+    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
+
+
+def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
+    model = build_model(kind, section)
+    # Shapes alone: sizes that nobody has checked yet must not take memory.
+    if kind == "generator":
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, section["num_latent_tokens"]), (1,))]
+    else:
+        size = section["image_size"] if kind == "tokenizer" else JUDGED
+        inputs = [jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)]
+    options = {"train": False} if kind == "discriminator" else {}
+    shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x, **options), *inputs)
+    return dict(sorted(keymap.flatten(shapes if kind == "discriminator" else shapes["params"]).items()))
+
+
+def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
+    """A section with every field of its family and no other, of the right types.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if kind not in SECTIONS or not isinstance(section, dict) or section.get("family") not in SECTIONS[kind]:
+        known = ", ".join(f"{kind} {family}" for kind, families in SECTIONS.items() for family in families)
+        family = section.get("family") if isinstance(section, dict) else section
+        raise ValueError(f"{where}: {kind!r} of family {family!r} is not one of {known}")
+    default = json.loads(SECTIONS[kind][section["family"]]().to_json())
+    if wrong := sorted(section.keys() ^ default.keys()):
+        raise ValueError(f"{where}: the {kind} section has unknown or missing fields: {', '.join(wrong)}")
+    for name, value in section.items():
+        wanted = type(default[name])
+        numbers = wanted is float and type(value) in (int, float)
+        lists = wanted is list and isinstance(value, list) and all(type(x) is int for x in value)
+        if not (numbers or lists or (wanted is not list and type(value) is wanted)):
+            raise ValueError(f"{where}: {name}={value!r} should be a {wanted.__name__}, as {default[name]!r} is")
+    return section
