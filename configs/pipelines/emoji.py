@@ -2,6 +2,8 @@
 
 python -m gigatok_jax.train --config=configs/emoji.py --workdir=runs/emoji
 python -m gigatok_jax.pipeline --config=configs/pipelines/emoji.py --run=runs/emoji
+
+The stages' own commands are in `configs/emoji_ar.py`, with what to expect of them.
 """
 
 from ml_collections import ConfigDict
