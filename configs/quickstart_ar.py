@@ -11,11 +11,14 @@ or, one by one:
         --tiles=256 --out=runs/quickstart/tokens/eval
     python -m gigatok_jax.train --config=configs/quickstart_ar.py --workdir=runs/quickstart/generator
     python -m gigatok_jax.export --checkpoint=runs/quickstart/generator --bundle=runs/quickstart/bundles/generator
-    python -m gigatok_jax.sample --generator=runs/quickstart/bundles/generator --num_images=36 \\
+    python -m gigatok_jax.sample --generator=runs/quickstart/bundles/generator \\
         --tokenizer=runs/quickstart/bundles/tokenizer --out=runs/quickstart/samples
 
-Trains on crops of nine pictures, is scored on fixed tiles of two others; photographs count as one class. Its choices
-were made on pictures left out of the nine, never on the two.
+Trains on 2,048 crops of each of nine pictures and is scored on 256 fixed tiles of two others; photographs count as one
+class. What is chosen below was chosen on pictures left out of the nine, never on the two: see README.
+
+Hardware: 2 CPU cores, some minutes. Expected result (seed 0): 3.36 nats per id, where each position's own distribution
+of training ids gives 5.40.
 """
 
 from ml_collections import ConfigDict

@@ -17,5 +17,4 @@ def get_config() -> ConfigDict:
     cfg.encode_train = dict(source="photographs", crop="scale", num_views=2048, flip=True, permute_channels=True)
     cfg.encode_eval = dict(source="photographs", split="eval", tiles=256)
     cfg.train_generator = dict(config="configs/quickstart_ar.py")
-    cfg.sample = dict(num_images=36)
     return cfg.lock()

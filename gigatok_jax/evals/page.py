@@ -24,7 +24,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 44px 0 6px; }
-p { margin: 0 0 12px; max-width: 68ch; } p, figcaption { color: var(--faint); }
+p { margin: 0 0 12px; max-width: 68ch; text-wrap: pretty; } p, figcaption { color: var(--faint); }
 .row { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 0; }
 .tile { padding: 14px 16px; } .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
@@ -37,7 +37,8 @@ img, svg { display: block; width: 100%; height: auto; border-radius: 4px; }
 ol { list-style: none; margin: 0; padding: 0; } li { border-top: 1px solid var(--rule); padding: 10px 0; }
 li div { display: flex; justify-content: space-between; gap: 12px; }
 code { display: block; margin-top: 4px; font: .82rem/1.5 ui-monospace, monospace; color: var(--faint);
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; }
+code span { display: inline-block; }
 """
 
 
@@ -101,7 +102,7 @@ def _headline(report: Mapping[str, Any], stages: Sequence[tuple[str, float | Non
     note = f"each position's own distribution: {report['unigram_entropy']:.2f}"
     tiles.append((f"{report['ar_val_loss']:.2f} nats", "per held-out id, by the generator", note))
     seconds = sum(seconds or 0 for _, seconds, _ in stages)
-    tiles.append((format_duration(seconds), "for all stages", f"on {report.get('devices', 1)} device(s)"))
+    tiles.append((format_duration(seconds), "for all stages", "without installation"))
     tile = '<div class="tile"><b>{}</b><span>{}</span><small>{}</small></div>'
     return _row(150, [tile.format(*texts) for texts in tiles])
 
@@ -151,8 +152,8 @@ def _commands(stages: Sequence[tuple[str, float | None, str]]) -> str:
     rows = []
     for name, seconds, command in stages:
         time = "" if seconds is None else format_duration(seconds)
-        line = f"<div><b>{html.escape(name)}</b><span>{time}</span></div><code>{html.escape(command)}</code>"
-        rows.append(f"<li>{line}</li>")
+        words = " ".join(f"<span>{html.escape(word)}</span>" for word in command.split(" "))  # lines break between them
+        rows.append(f"<li><div><b>{html.escape(name)}</b><span>{time}</span></div><code>{words}</code></li>")
     return f"<ol>{''.join(rows)}</ol>"
 
 
