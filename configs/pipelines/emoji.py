@@ -1,7 +1,7 @@
 """After the emoji tokenizer: ids of emoji, a small generator of them, its images, and a page about it all.
 
-python -m gigatok_jax.train --config=configs/emoji.py --workdir=runs/emoji
-python -m gigatok_jax.pipeline --config=configs/pipelines/emoji.py --run=runs/emoji
+    python -m gigatok_jax.train --config=configs/emoji.py --workdir=runs/emoji
+    python -m gigatok_jax.pipeline --config=configs/pipelines/emoji.py --run=runs/emoji
 
 The stages' own commands are in `configs/emoji_ar.py`, with what to expect of them.
 """
