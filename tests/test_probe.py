@@ -15,6 +15,7 @@ from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.views import Views
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
+from tests.entry_points import defined
 from tests.probes import CLASSES, tiny_tokenizer, tiny_writer, write_folder
 
 
@@ -34,18 +35,15 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def defined():
+def program():
     """The program's flags, for the time of these tests."""
-    before = set(flags.FLAGS)
-    probe.define_flags()
-    flags.FLAGS.mark_as_parsed()
-    yield
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    with defined("gigatok_jax.probe"):
+        flags.FLAGS.mark_as_parsed()
+        yield
 
 
 @pytest.fixture
-def call(files, defined, tmp_path, capsys):
+def call(files, program, tmp_path, capsys):
     """Runs the program; returns its last line as data, or the error that it ends with."""
 
     def run(**options):
@@ -81,7 +79,7 @@ def test_a_probe_of_a_generator(call):
     ("options", "steps"),
     [({}, (450_410, 50_045)), ({"batch": 8192}, (14_075, 1_563)), ({"num_steps": 90, "warmup_steps": 5}, (90, 5))],
 )
-def test_the_published_recipe_is_the_default(defined, options, steps):
+def test_the_published_recipe_is_the_default(program, options, steps):
     with flagsaver.flagsaver(**options):
         recipe = probe._recipe(1_281_167)
     assert (recipe.num_steps, recipe.warmup_steps) == steps
