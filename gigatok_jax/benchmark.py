@@ -20,7 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gigatok_jax import train_state
+from gigatok_jax import program, train_state
 from gigatok_jax.benchmarks.inference import fresh_params, held, inference_call, sample_call, sampling_bytes
 from gigatok_jax.benchmarks.inputs import input_speed
 from gigatok_jax.benchmarks.timing import describe, measure, memory_gib_per_second
@@ -150,4 +150,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

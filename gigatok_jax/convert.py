@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
+from gigatok_jax import program
 from gigatok_jax.hub import bundle, models, teachers, weight_files
 from gigatok_jax.metrics import tensor_progress
 
@@ -116,4 +117,4 @@ def _fields(text: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from gigatok_jax import data, distributed, process_flags, sharding
+from gigatok_jax import data, distributed, process_flags, program, sharding
 from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.views import VIEWS, Views
 from gigatok_jax.hub import bundle
@@ -128,4 +128,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 
 import gigatok_jax
+from gigatok_jax import program
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, stablehlo
 from gigatok_jax.metrics import tensor_progress
@@ -95,4 +96,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

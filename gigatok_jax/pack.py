@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from gigatok_jax import data
+from gigatok_jax import data, program
 from gigatok_jax.data import emoji
 from gigatok_jax.data.packing import finished_records, pack
 from gigatok_jax.metrics import Progress
@@ -107,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from gigatok_jax import data, stages
+from gigatok_jax import data, program, stages
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.evals.page import write_page
@@ -132,4 +132,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from gigatok_jax import config, objectives
+from gigatok_jax import config, objectives, program
 from gigatok_jax.sharding import path_name
 
 # The first pattern that a parameter's path begins with names its part.
@@ -147,4 +147,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

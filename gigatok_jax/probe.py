@@ -30,7 +30,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from gigatok_jax import data, distributed, process_flags, sharding
+from gigatok_jax import data, distributed, process_flags, program, sharding
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals import likelihood, linear_probe
 from gigatok_jax.hub import bundle, frozen
@@ -198,4 +198,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from gigatok_jax import config, data, distributed, evals, identity, metrics, objectives, optim, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer
+from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.report import write_report
 from gigatok_jax.hub import frozen
 from gigatok_jax.preemption import Stopped, StopSignal
@@ -73,7 +74,7 @@ class Run:
         window = self.objective.usage_window(cfg.global_batch)
         self.alarm = metrics.UsageAlarm(window_steps=window) if window else None
         if main:
-            (workdir / "config.json").write_text(json.dumps(self.resolved, indent=2) + "\n")
+            write_json(workdir / "config.json", self.resolved)
 
     def _first_state(self, allow_config_change: bool) -> train_state.TrainState:
         """The newest checkpoint, or a fresh start."""
@@ -195,6 +196,8 @@ class Run:
         scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress.update(step + 1, scalars)
         last = step + 1 == self.cfg.num_steps
+        pace = {"images_per_second": self.progress.images_per_second, "step_seconds": self.progress.step_seconds}
+        scalars |= {name: value for name, value in pace.items() if value is not None}
         if step == 0 or last or _every(step, self.cfg.log.every) or scalars["skipped_in_row"]:
             self.writer.write_scalars(step + 1, scalars)
         if self.alarm and (message := self.alarm.check(step + 1, scalars["codebook/usage"])):
@@ -258,6 +261,8 @@ class Run:
     def finish(self, seconds: float, command: str | None = None) -> None:
         """Writes the curves and `report.json`, which names the command, and says where they are."""
         self.progress.end_line()
+        if (step := int(self.state.step)) < self.cfg.num_steps:
+            logging.warning("stopped at step %d of %d; the same command goes on from there", step, self.cfg.num_steps)
         self.writer.flush()
         if distributed.is_main():
             idle = int(self.state.step) == self.start  # nothing was trained: times of the run before stay

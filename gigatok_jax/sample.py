@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from gigatok_jax import distributed, process_flags, sharding
+from gigatok_jax import distributed, process_flags, program, sharding
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.hub import bundle
@@ -198,4 +198,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

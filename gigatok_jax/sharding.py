@@ -2,8 +2,8 @@
 
 A leaf's path is matched against `RULES`, which name the logical axes of its trailing dimensions (leading ones, such as
 the layer axis of a scanned stack, stay whole); a preset maps logical axes to mesh axes. Where a mesh axis does not
-divide its dimension, another of the leaf's dimensions takes it; `whole_leaves` tells what is left whole. Optimiser
-moments and averages have their parameter's path as a suffix, so the same table places them.
+divide its dimension, another of the leaf's dimensions takes it; `whole_leaves` tells what is left whole. Averages and
+optimiser moments lie as their parameters do.
 """
 
 import re
@@ -16,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+_MOMENT = re.compile(r"^opt/(\w+)/.*?/(mu|nu)/")  # opt/GROUP/…/mu/PATH: of the parameter params/GROUP/PATH
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
@@ -33,7 +35,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"encoder/project/kernel$", ("embed", "features")),
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
     (r"id_embed/embedding$", ("codes", None)),
-    (r"generator/(.*/)?head/kernel$", ("embed", "mlp")),
+    (r"generator/head/kernel$", ("embed", "mlp")),
     (r"generator/.*modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"_pos$", (None, "embed")),
     (r"codebook$", ("codes", None)),
@@ -106,9 +108,12 @@ def warning(abstract: Any, mesh: Mesh) -> str | None:
 
 def state_shardings(abstract: Any, mesh: Mesh, preset: str) -> Any:
     """A NamedSharding for every leaf of an abstract state."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh, preset)), abstract
-    )
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = _MOMENT.sub(r"params/\1/", path_name(path))
+        return NamedSharding(mesh, spec(name, leaf.shape, mesh, preset))
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gigatok_jax import process_flags
+from gigatok_jax import process_flags, program
 from gigatok_jax.data import NoUsableImages
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import NonFiniteRun, Run
@@ -83,4 +83,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -56,7 +56,10 @@ def test_configs_are_locked_and_suggest():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config.data.rot=x"], "rot"),
+        (["--config.data.rot=x"], 'Did you mean "root"'),
+        (["--config.los.pixel=l1"], 'Did you mean "loss"'),
+        (["--config=configs/gigatok.py:huge"], "sizes are s-s"),
+        (["--config.discriminator.base_channels=0"], "discriminator.base_channels=0 must be at least 1"),
         (["--config.tokenizer.image_size=30"], "image_size=30 is not a multiple of 4"),
         (["--config.tokenizer.num_latent_tokens=48"], "num_latent_tokens=48"),
         (["--config.data.source=folder", "--config.data.root=/nowhere"], "/nowhere"),
@@ -71,16 +74,7 @@ def test_bad_input_gets_one_clear_error(arguments, words, tmp_path):
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode not in (0, -6)
     assert words in done.stderr.splitlines()[-1] or words in done.stderr[-600:], done.stderr[-1500:]
-    if "rot=x" not in arguments[0]:
-        assert "Traceback" not in done.stderr
-
-
-def test_a_misspelt_flag_names_its_neighbour(tmp_path):
-    command = [sys.executable, "-m", "gigatok_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}",
-               "--config.data.rot=x"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert 'Did you mean "root"' in done.stderr, done.stderr[-800:]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("image_size, grid", [(32, 8), (40, 10), (68, 17)])

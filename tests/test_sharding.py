@@ -118,6 +118,21 @@ def test_microbatches_span_the_devices():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("discriminator", ["patchgan", "dino"])
+def test_moments_lie_as_their_parameters(discriminator):
+    cfg, objective = tiny_objective(discriminator__name=discriminator)
+    mesh = sharding.make_mesh(MESHES["mixed"][0])
+    state = train_state.abstract(objective, adam_groups(cfg), 0, mesh, "fsdp+tensor")
+    where = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        where[sharding.path_name(path)] = leaf.sharding.spec
+    moments = {name: spec for name, spec in where.items() if "/mu/" in name or "/nu/" in name}
+    assert len(moments) > 100
+    for name, spec in moments.items():
+        group, own = name.removeprefix("opt/").split("/", 1)
+        assert spec == where[f"params/{group}/" + re.split("/(?:mu|nu)/", own)[1]], name
+
+
 def test_dimensions_that_do_not_divide_leave_their_axis_to_another():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
     spec = lambda path, *shape: tuple(sharding.spec(path, shape, mesh, "fsdp"))  # noqa: E731

@@ -253,3 +253,12 @@ def test_other_images_under_the_same_root_are_refused_on_resume(tmp_path):
     with pytest.raises(CheckpointMismatch, match=r"trained on 4 images .* has 4 .*--allow_config_change"):
         run.Run(cfg, tmp_path / "run")
     assert run.Run(cfg, tmp_path / "run", allow_config_change=True).start == 1
+
+
+def test_held_out_images_that_cannot_be_read_end_the_run_in_one_error(tmp_path):
+    for index in range(8):
+        (tmp_path / f"{index}.png").write_bytes(b"this is no picture")
+    cfg = tiny_run(data__eval_source="folder", data__eval_root=str(tmp_path), **NO_GAN)
+    one = run.Run(cfg, tmp_path / "run")
+    with StopSignal() as stop, pytest.raises(data.NoUsableImages, match="none of the held-out images can be read"):
+        one.train(stop)

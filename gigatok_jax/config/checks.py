@@ -22,6 +22,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys((f"tokenizer.{name}" for name in ("image_size", "num_latent_tokens", "features", "conv_base",
                      "conv_multipliers", "norm_groups", "codebook_size", "code_dim", "codebook_chunk", "unroll",
                      "distill_layer")), (1, INF)),
+    **dict.fromkeys(("discriminator.base_channels", "discriminator.num_layers"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{name}" for name in ("kernel_gain", "position_std", "teacher_dim")), (0, INF)),
     **dict.fromkeys((f"groups.*.{name}" for name in ("learning_rate", "end_learning_rate", "warmup_steps", "eps",
                      "weight_decay", "clip")), (0, INF)),

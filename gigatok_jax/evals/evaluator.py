@@ -74,7 +74,7 @@ class Evaluator:
 
         scores = evaluate_reconstruction(
             reconstruct,
-            self._batches(),
+            self._usable_batches(),
             self._codebook_size,
             batch_size=self._batch,
             on_batch=keep,
@@ -84,6 +84,16 @@ class Evaluator:
         originals, reconstructions = (np.stack(side) for side in zip(*pairs))
         caption = f"PSNR {scores['psnr']:.2f} dB · SSIM {scores['ssim']:.3f} · usage {scores.get('usage', 0):.1%}"
         return scores, comparison_grid(originals, reconstructions, caption=caption)
+
+    def _usable_batches(self) -> Iterator[np.ndarray]:
+        """The batches; raises NoUsableImages where there is none."""
+        found = False
+        for images in self._batches():
+            found = True
+            yield images
+        if not found:
+            first = dict(list(self.bad_records.items())[:3])
+            raise data.NoUsableImages(f"none of the held-out images can be read; the first: {first}")
 
     def _batches(self) -> Iterator[np.ndarray]:
         if self._crops is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import curves_picture
 from gigatok_jax.metrics.writers import read_metrics
 
@@ -25,7 +26,10 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
 
     path = workdir / "report.json"
     # A run that was already finished has measured nothing this time: what it said before stays.
-    before = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:  # cut short by a kill
+        before = {}
     report = {name: before.get(name) if value is None else value for name, value in facts.items()}
     report["bad_records"] = {**before.get("bad_records", {}), **facts["bad_records"]}
     scores = {name.removeprefix("eval/"): ends(name) for name in series if name.startswith("eval/")}
@@ -37,7 +41,7 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     report["skipped_updates"] = ends("skipped")[1]
     terms = sorted(name for name in series if name.startswith("loss/"))
     report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, report)
     shown = ("eval/psnr", "eval/ssim", "codebook/usage", "eval/ar_val_loss", "accuracy")
     keys = [*terms, *(name for name in shown if name in series)]
     pictures = sorted((workdir / "grids").glob("*.png"))[-1:]

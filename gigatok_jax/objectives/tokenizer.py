@@ -60,10 +60,15 @@ class TokenizerObjective(NamedTuple):
     teachers: Mapping[str, Teacher]
     accumulate: int = 1
 
-    shown = ("loss/total", "loss/l2", "codebook/usage")
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What the progress line shows."""
+        return "loss/total", f"loss/{self.weights.pixel}", "codebook/usage"
 
     def check(self, source: Any) -> None:
-        """Any source of images will do."""
+        """Raises ValueError for a source of ids; any source of images will do."""
+        if hasattr(source, "tokenizer"):
+            raise ValueError("config.data.source=tokens holds ids; a tokenizer is trained on images: name their source")
 
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params by group, state)."""

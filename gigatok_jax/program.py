@@ -1,0 +1,29 @@
+"""How every entry point starts: whatever is wrong with its flags or config file becomes one error."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Reads the flags, which runs a config file, and calls `main`; exits with one line where that cannot be read."""
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {_told(error)}; --help names the flags")
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, without the program text that a failed config file's error quotes."""
+    text = str(error)
+    if "Traceback" in text:
+        raised = re.findall(r"^\s*\w*(?:Error|Exception): (.*)$", text, re.M)
+        text = raised[-1] if raised else text
+    return " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
