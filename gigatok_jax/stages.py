@@ -67,48 +67,29 @@ def plan(cfg: Mapping[str, Any], run: Path) -> list[Stage]:
         raise ValueError("the config's train_generator has no \"config\", the file of the generator's config")
     tokens, training, samples = run / "tokens", run / "generator", run / "samples"
     tokenizer, generator = run / "bundles" / "tokenizer", run / "bundles" / "generator"
-    config_file = Path(cfg["train_generator"]["config"].partition(":")[0])
+    tokenizer_files, generator_files = ([b / "config.json", b / "model.safetensors"] for b in (tokenizer, generator))
+    train_set, eval_set = tokens / "train" / "dataset.json", tokens / "eval" / "dataset.json"
+    generator_config = Path(cfg["train_generator"]["config"].partition(":")[0])
     roots = {"config.data.root": tokens, "config.data.eval_root": tokens, "preemption_code": UNFINISHED}
-    in_bundle = ("config.json", "model.safetensors")
-    # program, its paths, what it reads, what it writes
-    table: dict[str, tuple[str, dict[str, Any], list[Path], list[Path]]] = {
-        "export_tokenizer": (
-            "export",
-            {"checkpoint": run, "bundle": tokenizer},
-            [run / "metrics.jsonl"],
-            [tokenizer / name for name in in_bundle],
-        ),
-        **{
-            f"encode_{split}": (
-                "encode",
-                {"bundle": tokenizer, "out": tokens / split},
-                [tokenizer / "config.json"],
-                [tokens / split / "dataset.json"],
-            )
-            for split in ("train", "eval")
-        },
-        "train_generator": (
-            "train",
-            {"workdir": training, **roots},
-            [config_file, *(tokens / split / "dataset.json" for split in ("train", "eval"))],
-            [training / "report.json"],
-        ),
-        "export_generator": (
-            "export",
-            {"checkpoint": training, "bundle": generator},
-            [training / "metrics.jsonl"],
-            [generator / name for name in in_bundle],
-        ),
-        "sample": (
-            "sample",
-            {"generator": generator, "tokenizer": tokenizer, "out": samples},
-            [generator / "config.json", tokenizer / "config.json"],
-            [samples / "samples.npz"],
-        ),
+    paths = {
+        "export_tokenizer": {"checkpoint": run, "bundle": tokenizer},
+        "encode_train": {"bundle": tokenizer, "out": tokens / "train"},
+        "encode_eval": {"bundle": tokenizer, "out": tokens / "eval"},
+        "train_generator": {"workdir": training, **roots},
+        "export_generator": {"checkpoint": training, "bundle": generator},
+        "sample": {"generator": generator, "tokenizer": tokenizer, "out": samples},
+    }
+    files = {  # (read, written); a run is known by its log
+        "export_tokenizer": ([run / "metrics.jsonl"], tokenizer_files),
+        "encode_train": (tokenizer_files[:1], [train_set]),
+        "encode_eval": (tokenizer_files[:1], [eval_set]),
+        "train_generator": ([generator_config, train_set, eval_set], [training / "report.json"]),
+        "export_generator": ([training / "metrics.jsonl"], generator_files),
+        "sample": ([generator_files[0], tokenizer_files[0]], [samples / "samples.npz"]),
     }
     return [
-        Stage(name, (f"gigatok_jax.{program}", *_flags({**cfg[name], **paths})), tuple(reads), tuple(writes))
-        for name, (program, paths, reads, writes) in table.items()
+        Stage(name, (f"gigatok_jax.{name.partition('_')[0]}", *_flags({**cfg[name], **paths[name]})), *map(tuple, both))
+        for name, both in files.items()
     ]
 
 
@@ -159,16 +140,16 @@ def run(stages: Sequence[Stage], notes_path: Path) -> dict[str, dict[str, Any]]:
     with Running() as running:
         for number, stage in enumerate(stages, 1):
             title, digest = f"[{number}/{len(stages)}] {stage.name}", stage.digest()
-            note = notes.get(stage.name, {})
-            if note.get("digest") != digest:
-                note = {"digest": digest, "seconds": 0.0, "whole": False}
-            if note["whole"] and all(path.is_file() for path in stage.writes):
+            note = notes.get(stage.name, {"digest": "", "seconds": 0.0, "whole": False})
+            same, there = note["digest"] == digest, all(path.is_file() for path in stage.writes)
+            if same and there and note["whole"]:
                 print(f"{title}: done before, in {format_duration(note['seconds'])}", flush=True)
                 continue
+            before = note["seconds"] if same or there else 0.0  # it goes on from there
             print(f"{title}\n{stage.line(sys.executable)}", flush=True)
             started = time.monotonic()
             status = running([sys.executable, "-m", *stage.arguments])
-            seconds = note["seconds"] + time.monotonic() - started
+            seconds = before + time.monotonic() - started
             notes[stage.name] = {"digest": digest, "seconds": round(seconds, 1), "whole": status == 0}
             write_json(notes_path, notes)
             _check(stage, status, running.signalled)

@@ -10,8 +10,8 @@ from absl import flags
 @contextlib.contextmanager
 def defined(name):
     """The module that `python -m name` would run, with its flags defined for a while; yields (module, their names)."""
-    before = set(flags.FLAGS)
     module = importlib.import_module(name)
+    before = set(flags.FLAGS)  # libraries define some when they are imported
     try:
         module.define_flags()
         yield module, set(flags.FLAGS) - before
