@@ -59,7 +59,7 @@ class Run:
         self.state = self._first_state(allow_config_change)
         self.start = int(self.state.step)
         self._steps: dict[Any, Any] = {}
-        self.input_wait, self.compile_seconds, self.bad_records = 0.0, 0.0, {}
+        self.input_wait, self.loop_seconds, self.compile_seconds, self.bad_records = 0.0, 0.0, 0.0, {}
         self._pending: tuple[int, Mapping[str, jax.Array], np.ndarray] | None = None
         main = distributed.is_main()
         # Without a checkpoint there is nothing to go on from: lines of an attempt that died before one are dropped.
@@ -151,6 +151,7 @@ class Run:
 
     def _loop(self, loader: data.TrainLoader, stop: StopSignal) -> None:
         for step in range(self.start, self.cfg.num_steps):
+            began, compiled = time.monotonic(), self.compile_seconds
             batch = next(loader)
             self.input_wait, self.bad_records = loader.wait_seconds, loader.bad_records
             inputs = {name: value for name, value in batch.items() if name != "id"}
@@ -159,6 +160,7 @@ class Run:
             # Metrics are read one step late, so the device never waits for the host.
             self._report_pending()
             self._pending = step, values, batch["id"]
+            self.loop_seconds += time.monotonic() - began - (self.compile_seconds - compiled)
             last, stopped = step + 1 == self.cfg.num_steps, stop.agreed(step)
             evaluating = _every(step, self.cfg.eval.every) and not (stopped or last)
             saving = stopped or last or _every(step, self.cfg.checkpoint.every)
@@ -254,9 +256,8 @@ class Run:
             self.checkpoints.save(step, self.state, config=self.resolved, extra=self.identity)
 
     def _input_wait_fraction(self) -> float | None:
-        """Waiting for input over the time that the steps of this start took at their last pace."""
-        steps, pace = int(self.state.step) - self.start, self.progress.step_seconds
-        return self.input_wait / (steps * pace) if pace else None
+        """The share of this start's steps, without compiling, that was waiting for input."""
+        return self.input_wait / self.loop_seconds if self.loop_seconds else None
 
     def finish(self, seconds: float, command: str | None = None) -> None:
         """Writes the curves and `report.json`, which names the command, and says where they are."""
