@@ -150,7 +150,7 @@ def run(stages: Sequence[Stage], notes_path: Path) -> dict[str, dict[str, Any]]:
             started = time.monotonic()
             status = running([sys.executable, "-m", *stage.arguments])
             seconds = before + time.monotonic() - started
-            notes[stage.name] = {"digest": digest, "seconds": round(seconds, 3), "whole": status == 0}
+            notes[stage.name] = {"digest": digest, "seconds": round(seconds, 1), "whole": status == 0}
             write_json(notes_path, notes)
             _check(stage, status, running.signalled)
     return notes
