@@ -11,12 +11,14 @@ from absl import flags
 def defined(name):
     """The module that `python -m name` would run, with its flags defined for a while; yields (module, their names)."""
     module = importlib.import_module(name)
-    before = set(flags.FLAGS)  # libraries define some when they are imported
+    before = set(flags.FLAGS)
+    module.define_flags()
+    mine = set(flags.FLAGS) - before
     try:
-        module.define_flags()
-        yield module, set(flags.FLAGS) - before
+        yield module, mine
     finally:
-        for flag in set(flags.FLAGS) - before:
+        # Not what a library imported meanwhile has defined; a config's overrides become flags when they are read.
+        for flag in [flag for flag in flags.FLAGS if flag.partition(".")[0] in mine]:
             delattr(flags.FLAGS, flag)
 
 
