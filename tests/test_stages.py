@@ -16,14 +16,14 @@ from tests.tiny import config_module
 
 PIPELINES = ("quickstart", "emoji")
 PROGRAM = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 name, what = sys.argv[1:]
 with open("ran", "a") as file:
     file.write(name + " ")
 if what == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.kill(os.getppid(), signal.SIGTERM)
-    signal.pause()
+    time.sleep(20)
 if what == "fail":
     sys.exit(3)
 pathlib.Path(name).touch()
