@@ -42,7 +42,8 @@ setup(
         "test": [*DEMO, *INT8, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "dm-pix>=0.4"],
         "hub": ["huggingface_hub>=1.0"],  # "hf://owner/name@revision"
         "int8": INT8,
-        "parity": ["torch==2.13.*"],  # what the tests marked so compare with
+        # What the tests marked so compare with.
+        "parity": ["torch==2.13.*", "torchvision==0.28.*", "pytorch-fid==0.3.0", "torch-fidelity==0.4.0"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

@@ -8,13 +8,21 @@ from safetensors.numpy import save_file
 
 from gigatok_jax import teachers
 from gigatok_jax.hub import teachers as hub
-from gigatok_jax.teachers import ViTSizes
+from gigatok_jax.teachers import ViTSizes, inception
 from gigatok_jax.teachers.convnet import Stage
 from tests.teachers.seeded import seeded
 from tests.tiny import config_module, tiny_run
 
 TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
 VITS = {"dinov2-b": ViTSizes(16, 2, 2, 14, 4, "dinov2"), "dino-s16": ViTSizes(16, 4, 2, 16, 14, "dino")}
+
+
+def _narrow(branch: inception.Branch) -> inception.Branch:
+    steps = (tuple(unit._replace(width=max(4, unit.width // 64)) for unit in step) for step in branch.steps)
+    return branch._replace(steps=tuple(steps))
+
+
+TINY_INCEPTION = tuple(tuple(map(_narrow, block)) for block in inception.INCEPTION)  # 33 features
 
 
 def narrow(folder: Path) -> None:

@@ -55,6 +55,10 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         raise ValueError("config.tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
     if cfg.global_batch % cfg.accumulate:
         raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
+    if cfg.eval.get("fid") and not cfg.data.eval_source:
+        raise ValueError(
+            "config.eval.fid=True, but nothing is evaluated: name held-out images with --config.data.eval_source"
+        )
     if num_devices is not None:
         check_mesh(cfg, num_devices)
     if "generator" in cfg:

@@ -231,7 +231,14 @@ def base() -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),  # −1: all devices that are left
             sharding=dict(preset="fsdp"),
             log=dict(every=50),
-            eval=dict(every=5000, batch=64, num_images=512, grid=16, lpips=""),  # lpips: "", "vgg16" or "alexnet"
+            eval=dict(
+                every=5000,
+                batch=64,
+                num_images=512,
+                grid=16,
+                lpips="",  # or "vgg16", "alexnet"
+                fid=False,  # rFID; it needs 2,049 images at least, published tables have 50,000
+            ),
             checkpoint=dict(every=5000, keep_last=2, keep_period=0),
         )
     )

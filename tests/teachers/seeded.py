@@ -27,3 +27,16 @@ def seeded(entries: list, seed: int = 0) -> dict[str, np.ndarray]:
         if entry.key.startswith("lin"):
             state[entry.key] = np.abs(state[entry.key])
     return state
+
+
+def seeded_inception(entries: list, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights of an Inception whose features differ between pictures, with batch norms that are not trivial."""
+    state, rng = seeded(entries, seed), np.random.default_rng(seed + 1)
+    for key, value in state.items():
+        if key.endswith("bn.weight"):
+            state[key] = value + 1
+        elif key.endswith("bn.running_var"):
+            state[key] = rng.uniform(0.4, 1.2, value.shape).astype(np.float32)
+        elif key.endswith("conv.weight"):  # blind to the mean of its map, which is all that would be left in the end
+            state[key] = value - value.mean((1, 2, 3), keepdims=True)
+    return state

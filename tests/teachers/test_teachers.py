@@ -10,7 +10,7 @@ from gigatok_jax import teachers
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import teachers as hub
 from gigatok_jax.losses.perceptual import lpips
-from gigatok_jax.nn.resize import area, bicubic, bicubic_antialias, resize
+from gigatok_jax.nn.resize import area, bicubic, bicubic_antialias, bilinear, bilinear_tf1, resize
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.objectives.teachers import perceptual
 from tests.compare import assert_close_tree
@@ -32,7 +32,7 @@ def images(seed: int, size: int, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (batch, size, size, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("weights", [bicubic, bicubic_antialias, area])
+@pytest.mark.parametrize("weights", [bilinear, bicubic, bicubic_antialias, area])
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 37), (37, 16), (256, 224), (5, 1)])
 def test_resizing_weights_are_means(weights, sizes):
     matrix = weights(*sizes)
@@ -41,6 +41,15 @@ def test_resizing_weights_are_means(weights, sizes):
     np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)  # centres at half integers: mirror symmetric
     if sizes[0] == sizes[1]:
         np.testing.assert_allclose(matrix, np.eye(sizes[0]), atol=1e-12)
+
+
+def test_the_two_linears():
+    """Centres at half integers repeat both ends; at whole numbers the last cell alone is repeated."""
+    np.testing.assert_allclose(bilinear(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    np.testing.assert_allclose(bilinear_tf1(2, 4), [[1, 0], [0.5, 0.5], [0, 1], [0, 1]])
+    np.testing.assert_allclose(bilinear_tf1(4, 2), [[1, 0, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_allclose(bilinear_tf1(64, 299).sum(1), 1.0)
+    np.testing.assert_allclose(bilinear_tf1(64, 64), np.eye(64))
 
 
 def test_the_two_cubics():
