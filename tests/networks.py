@@ -8,13 +8,20 @@ from safetensors.numpy import save_file
 
 from gigatok_jax import teachers
 from gigatok_jax.hub import teachers as hub
-from gigatok_jax.teachers import ViTSizes, inception
+from gigatok_jax.nn.vit import ViTSizes
+from gigatok_jax.teachers import inception
 from gigatok_jax.teachers.convnet import Stage
 from tests.teachers.seeded import seeded
 from tests.tiny import config_module, tiny_run
 
 TINY_VGG = (Stage(0, (4,)), Stage(2, (4,)), Stage(2, (8,)), Stage(2, (8,)), Stage(2, (8,)))
-VITS = {"dinov2-b": ViTSizes(16, 2, 2, 14, 4, "dinov2"), "dino-s16": ViTSizes(16, 4, 2, 16, 14, "dino")}
+DINO = ViTSizes(16, 4, 2, 16, 14, "gelu_tanh", layer_scale=False)
+VITS = {"dinov2-b": ViTSizes(16, 2, 2, 14, 4), "dino-s16": DINO}
+
+
+def tiny(sizes: ViTSizes) -> ViTSizes:
+    """The same kind of vision transformer, narrow and shallow: 20 pixels, patches of 4."""
+    return sizes._replace(width=16, depth=2, num_heads=2, patch=4, side=5, hidden=24 if sizes.hidden else 0)
 
 
 def _narrow(branch: inception.Branch) -> inception.Branch:

@@ -146,6 +146,14 @@ def test_dimensions_that_do_not_divide_leave_their_axis_to_another():
     assert sharding.whole_leaves(leaves) == (0.25, ["whole"])
 
 
+@pytest.mark.parametrize("part", ["in", "gate"])
+def test_both_matrices_of_a_gated_mlp_are_cut_alike(part):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})
+    for leaf, shape in (("kernel", (2, 16, 64)), ("bias", (2, 64))):
+        spec = sharding.spec(f"semantic/vit/stack/layers/mlp/{part}/{leaf}", shape, mesh, "fsdp+tensor")
+        assert tuple(spec)[-1] == "tensor"
+
+
 def test_mesh_and_batch_errors():
     cfg = tiny_run()
     cfg.mesh.update(data=3, fsdp=1, tensor=1)

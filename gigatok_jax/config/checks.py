@@ -32,6 +32,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
 }  # fmt: skip
 
+SEMANTIC_TEACHERS = (
+    *(f"dinov2-{size}{kind}" for kind in ("", "-reg") for size in "sblg"),
+    *("siglip-so400m", "dfn-clip-l", "vgg16"),
+)
+
 
 def to_json(cfg: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The resolved config as plain JSON data (tuples become lists)."""
@@ -69,7 +74,7 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         "schedule": ("cosine", "constant", "wsd"),
         "loss.pixel": ("l1", "l2"),
         "loss.perceptual_network": ("vgg16", "alexnet"),
-        "loss.semantic_teacher": ("dinov2-s", "dinov2-b", "dinov2-l", "vgg16"),
+        "loss.semantic_teacher": SEMANTIC_TEACHERS,
         "frozen.dtype": ("float32", "bfloat16"),
         "eval.lpips": ("", "vgg16", "alexnet"),
         "loss.adversarial": ("hinge", "non_saturating"),

@@ -193,7 +193,7 @@ def base() -> ConfigDict:
                 perceptual_weight=1.0,  # LPIPS
                 perceptual_network="vgg16",  # or "alexnet"
                 semantic_weight=0.5,  # against `semantic_teacher`
-                semantic_teacher="dinov2-b",  # or "dinov2-s", "dinov2-l", "vgg16"; teacher_dim is its width
+                semantic_teacher="dinov2-b",  # or "dinov2-l-reg", "siglip-so400m", …; teacher_dim is its width
                 codebook_weight=1.0,
                 commitment_weight=0.25,
                 entropy_weight=0.0,

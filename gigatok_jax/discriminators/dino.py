@@ -10,7 +10,7 @@ from gigatok_jax.discriminators.diffaug import diffaug, draws
 from gigatok_jax.nn.norms import LocalBatchNorm
 from gigatok_jax.nn.resize import area, bicubic, resize
 from gigatok_jax.nn.spectral import SpectralConv1d
-from gigatok_jax.nn.vit import ViT, imagenet_normalised
+from gigatok_jax.nn.vit import ViT, ViTSizes, imagenet_normalised
 
 SIZE, PATCH = 224, 16  # DINO v1 ViT-S/16 at its own resolution
 
@@ -77,6 +77,9 @@ class DinoDiscriminator(nn.Module):
             aug_key, crop_key = jax.random.split(self.make_rng("augment"))
             image_BHWC = diffaug(image_BHWC, draws(aug_key, image_BHWC.shape[0]))
         x_BHWC = imagenet_normalised(to_backbone_size(image_BHWC, crop_key))
-        vit = ViT(self.width, self.depth, self.num_heads, PATCH, "dino", self.remat, self.dtype, parent=None)
+        sizes = ViTSizes(
+            self.width, self.depth, self.num_heads, PATCH, SIZE // PATCH, mlp="gelu_tanh", layer_scale=False
+        )
+        vit = ViT(sizes, self.remat, self.dtype, parent=None)
         _, tapped = vit.apply({"params": self.variables["frozen"]["vit"]}, x_BHWC, self.taps)
         return [tapped[tap][:, 1:] + tapped[tap][:, :1] for tap in self.taps]

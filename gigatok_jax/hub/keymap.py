@@ -41,6 +41,12 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[0, :, 0, 0]
     if kind == "shared_table":  # (1, 1, rows, D) → (rows, D)
         return array[0, 0]
+    if kind == "token":  # (D,) → (1, 1, D)
+        return array[None, None]
+    if kind == "rows":  # (rows, D) → (1, rows, D)
+        return array[None]
+    if kind == "cells":  # (1, cells, D) → (1, 1 + cells, D), zeros first
+        return np.pad(array, ((0, 0), (1, 0), (0, 0)))
     return array
 
 
@@ -60,6 +66,12 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array[None, :, None, None]
     if kind == "shared_table":
         return array[None, None]
+    if kind == "token":
+        return array[0, 0]
+    if kind == "rows":
+        return array[0]
+    if kind == "cells":
+        return array[:, 1:]
     return array
 
 
@@ -141,6 +153,24 @@ def published_tensor(entry: Entry, flat: Mapping[str, Any]) -> np.ndarray:
     at = slice(None) if entry.layer is None else entry.layer
     parts = [to_published(np.asarray(flat[path][at]), entry.kind) for path in entry.paths]
     return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+
+def translated(
+    entries: Iterable[Entry], state: Mapping[str, Any], wanted: Iterable[Entry]
+) -> Callable[[str], np.ndarray]:
+    """Reads tensors of one layout out of a state in another, whose keys were checked, one at a time."""
+    sources = {(path, entry.layer): (entry, part) for entry in entries for part, path in enumerate(entry.paths)}
+    by_key = {entry.key: entry for entry in wanted}
+
+    def read(key: str) -> np.ndarray:
+        entry, parts = by_key[key], []
+        for path in entry.paths:
+            source, part = sources[path, entry.layer]
+            piece = np.split(np.asarray(state[source.key]), len(source.paths))[part]
+            parts.append(to_published(to_ours(piece, source.kind), entry.kind))
+        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+    return read
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

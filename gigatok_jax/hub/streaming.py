@@ -29,6 +29,7 @@ def write_streamed(
     shapes: Mapping[str, Any],
     read: Callable[[str], np.ndarray],
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Writes a file under another name, renames it when it is whole, and returns its SHA-256.
 
@@ -36,11 +37,12 @@ def write_streamed(
       shapes: name → anything with `shape` and `dtype`.
       read: gives the tensor of a name; called once for each, in order.
       on_tensor: told how many tensors are written, of how many.
+      metadata: texts that the file keeps beside its tensors.
     Raises:
       ValueError: a dtype that the form does not have here, or a tensor that is not as announced.
       OSError: the file cannot be written; nothing is left at `path`.
     """
-    header, offset = {}, 0
+    header, offset = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name, leaf in shapes.items():
         if str(leaf.dtype) not in DTYPES:
             raise ValueError(f"{name} has dtype {leaf.dtype}; a file holds {', '.join(DTYPES)}")

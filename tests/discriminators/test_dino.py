@@ -12,7 +12,7 @@ from gigatok_jax.discriminators.dino import DinoDiscriminator, to_backbone_size
 from gigatok_jax.nn.norms import LocalBatchNorm
 from gigatok_jax.nn.resize import area
 from gigatok_jax.nn.spectral import SpectralConv1d
-from gigatok_jax.nn.vit import ViT
+from gigatok_jax.nn.vit import ViT, ViTSizes
 from tests.compare import assert_close_tree
 
 MODEL = DinoDiscriminator(width=16, depth=1, num_heads=2, taps=(0, 1))
@@ -26,7 +26,7 @@ def images(seed, size=32, batch=4):
 
 @pytest.fixture(scope="module")
 def variables():
-    vit = ViT(16, 1, 2, 16, "dino")
+    vit = ViT(ViTSizes(16, 1, 2, 16, 14, "gelu_tanh", layer_scale=False))
     shapes = jax.eval_shape(vit.init, jax.random.key(1), jnp.zeros((1, 224, 224, 3)))["params"]
     rng = np.random.default_rng(0)
     backbone = jax.tree.map(lambda s: (0.2 * rng.standard_normal(s.shape)).astype(np.float32), shapes)

@@ -12,23 +12,22 @@ from safetensors.numpy import load_file
 
 from gigatok_jax.discriminators.diffaug import diffaug
 from gigatok_jax.discriminators.dino import DinoDiscriminator
-from gigatok_jax.hub import keymap, teachers
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.dino_heads import dino_heads_from_published, dino_heads_to_published
+from gigatok_jax.hub.vit_keys import vit_entries
 from gigatok_jax.nn.norms import LocalBatchNorm
-from gigatok_jax.teachers import ViTSizes
+from gigatok_jax.nn.vit import ViTSizes
 from tests.compare import assert_close_tree
 
 pytestmark = pytest.mark.golden
-SIZES = ViTSizes(48, 4, 3, 16, 14, "dino")
+SIZES = ViTSizes(48, 4, 3, 16, 14, "gelu_tanh", layer_scale=False)
 MODEL = DinoDiscriminator(width=48, depth=4, num_heads=3, taps=(0, 1, 2, 4))
 
 
 @pytest.fixture(scope="module")
 def recorded(golden):
     folder = golden / "gigatok"
-    backbone = keymap.from_published(
-        teachers.vit_entries(SIZES), load_file(folder / "dinodisc_backbone_state.safetensors")
-    )
+    backbone = keymap.from_published(vit_entries(SIZES), load_file(folder / "dinodisc_backbone_state.safetensors"))
     io = dict(np.load(folder / "dinodisc_io.npz"))
     images = io["im_small"].repeat(8, 2).repeat(8, 3).transpose(0, 2, 3, 1)
     heads = dino_heads_from_published(load_file(folder / "dinodisc_heads_state.safetensors"))

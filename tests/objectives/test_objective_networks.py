@@ -10,8 +10,9 @@ from gigatok_jax import objectives, teachers
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import teachers as hub
+from gigatok_jax.hub.vit_keys import vit_entries
+from gigatok_jax.nn.vit import ViTSizes
 from gigatok_jax.objectives.teachers import perceptual, semantic
-from gigatok_jax.teachers import ViTSizes
 from tests.networks import TINY_VGG
 from tests.teachers.seeded import seeded
 from tests.tiny import tiny_run
@@ -23,8 +24,8 @@ def setting(monkeypatch, tmp_path):
     monkeypatch.setitem(teachers.CONVNETS, "vgg16", TINY_VGG)
     save_file(seeded(hub.entries("vgg16")), tmp_path / "vgg16.safetensors")
     frozen = hub.load_roles({"perceptual": "vgg16", "semantic": "vgg16"}, tmp_path, grid=(8, 8))
-    sizes = ViTSizes(16, 1, 2, 16, 14, "dino")
-    frozen["discriminator"] = keymap.from_published(hub.vit_entries(sizes), seeded(hub.vit_entries(sizes)))
+    sizes = ViTSizes(16, 1, 2, 16, 14, "gelu_tanh", layer_scale=False)
+    frozen["discriminator"] = keymap.from_published(vit_entries(sizes), seeded(vit_entries(sizes)))
 
     cfg = tiny_run(loss__perceptual_weight=1.0, loss__semantic_weight=0.5, loss__auxiliary_end=0)
     cfg.tokenizer.update(image_size=16, teacher_dim=8)

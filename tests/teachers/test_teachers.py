@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gigatok_jax import teachers
+from gigatok_jax.config.checks import validate
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import teachers as hub
 from gigatok_jax.losses.perceptual import lpips
@@ -15,16 +16,18 @@ from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.objectives.teachers import perceptual
 from tests.compare import assert_close_tree
 from tests.networks import TINY_VGG
+from tests.networks import tiny as narrowed
 from tests.teachers.seeded import seeded
+from tests.tiny import tiny_run
 
-TINY = teachers.ViTSizes(16, 2, 2, 4, 5, "dinov2")
+TEACHERS = tuple(name for name in teachers.SEMANTIC if name in teachers.VITS)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The published networks' names, with networks of a few channels behind them."""
-    monkeypatch.setitem(teachers.VITS, "dinov2-s", TINY)
-    monkeypatch.setitem(teachers.VITS, "dino-s16", TINY._replace(layer="dino"))
+    for name, sizes in teachers.VITS.items():
+        monkeypatch.setitem(teachers.VITS, name, narrowed(sizes))
     monkeypatch.setitem(teachers.CONVNETS, "vgg16", TINY_VGG)
 
 
@@ -75,7 +78,7 @@ def test_positions_stay_at_their_own_grid_and_must_be_square():
         resampled_positions(table[:, :-1], 5, 5)
 
 
-@pytest.mark.parametrize(("name", "width"), [("dinov2-s", 16), ("vgg16", 8)])
+@pytest.mark.parametrize(("name", "width"), [*((name, 16) for name in TEACHERS), ("vgg16", 8)])
 @pytest.mark.parametrize(("size", "grid"), [(32, (4, 4)), (24, (2, 3))])
 def test_semantic_features_lie_on_the_latent_grid(tiny, tmp_path, name, width, size, grid):
     save_file(seeded(hub.entries(name)), tmp_path / f"{name}.safetensors")
@@ -92,19 +95,30 @@ def test_semantic_features_lie_on_the_latent_grid(tiny, tmp_path, name, width, s
         changed[:, -4:, -4:] = 1.0
         moved = np.abs(np.asarray(jax.jit(teachers.semantic(name, grid))(params, changed)) - features).sum((0, 2))
         assert moved.argmax() == grid[0] * grid[1] - 1
+        vit = params["vit"]
+        assert vit["token_pos"].shape[1] == grid[0] * grid[1] + ("class_token" in vit)
+        assert vit["registers"].shape == (1, 4, 16) if name.endswith("-reg") else "registers" not in vit
 
 
-def test_widths_of_the_published_teachers():
-    assert {name: sizes.width for name, sizes in teachers.VITS.items() if name in teachers.SEMANTIC} == {
-        name: teachers.SEMANTIC[name] for name in ("dinov2-s", "dinov2-b", "dinov2-l")
-    }
+def test_widths_and_parameters_of_the_published_networks():
+    widths = {"s": 384, "b": 768, "l": 1024, "g": 1536}
+    want = {f"dinov2-{size}{kind}": width for size, width in widths.items() for kind in ("", "-reg")}
+    want |= {"siglip-so400m": 1152, "dfn-clip-l": 1024, "vgg16": 512}
+    assert want == teachers.SEMANTIC
     assert teachers.CONVNETS["vgg16"][-1].widths[-1] == teachers.SEMANTIC["vgg16"]
-    counts = {"dinov2-s": 22_056_576, "dinov2-b": 86_580_480, "dinov2-l": 304_368_640, "dino-s16": 21_665_664}
+    counts = {"s": 22_056_576, "b": 86_580_480, "l": 304_368_640, "g": 1_136_480_768}  # with the mask token
+    counts = {f"dinov2-{size}": count - widths[size] for size, count in counts.items()}
+    counts |= {f"{name}-reg": count + 4 * widths[name[-1]] for name, count in counts.items()}
+    counts |= {"siglip-so400m": 412_442_352, "dfn-clip-l": 303_179_776, "dino-s16": 21_665_664}
     got = {name: sum(int(np.prod(entry.shape)) for entry in hub.entries(name)) for name in counts}
-    for name in teachers.SEMANTIC:  # the published counts hold a mask token too
-        if name in got:
-            got[name] += teachers.SEMANTIC[name]
     assert got == counts
+
+
+def test_a_config_may_name_every_teacher(tiny):
+    for name in teachers.SEMANTIC:
+        validate(tiny_run(loss__semantic_teacher=name))
+    with pytest.raises(ValueError, match="semantic_teacher='dinov2-x' is not one of dinov2-s, dinov2-b"):
+        validate(tiny_run(loss__semantic_teacher="dinov2-x"))
 
 
 @pytest.fixture
@@ -213,19 +227,6 @@ def test_damaged_and_foreign_files_are_named(tiny, tmp_path):
     (tmp_path / "b.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.pth is not read at run time.*convert"):
         hub.load("vgg16", tmp_path / "b.pth")
-
-
-def test_hugging_face_and_original_layouts_load_alike(tiny, tmp_path):
-    original = hub.vit_entries(TINY)
-    state = seeded(original)
-    save_file(state | {"mask_token": np.zeros((1, 16), np.float32)}, tmp_path / "original.safetensors")
-    np.savez(tmp_path / "original.npz", **state)
-    other = keymap.into_published(hub.vit_entries(TINY, hugging_face=True), keymap.from_published(original, state))
-    save_file(other, tmp_path / "other.safetensors")
-    want = hub.load("dinov2-s", tmp_path / "original.safetensors", grid=(3, 4))
-    assert want["vit"]["token_pos"].shape == (1, 13, 16)
-    for name in ("other.safetensors", "original.npz"):
-        jax.tree.map(np.testing.assert_array_equal, hub.load("dinov2-s", tmp_path / name, grid=(3, 4)), want)
 
 
 def test_key_biases_of_dino_are_zero(tiny, tmp_path):

@@ -14,13 +14,13 @@ from gigatok_jax import teachers
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import teachers as hub
 from gigatok_jax.nn.resize import bicubic, resize
-from gigatok_jax.nn.vit import imagenet_normalised, resampled_positions
+from gigatok_jax.nn.vit import ViT, ViTSizes, imagenet_normalised, resampled_positions
 from gigatok_jax.objectives.teachers import perceptual
 from tests.compare import assert_close_tree
 from tests.teachers.seeded import seeded_vgg16
 
 pytestmark = pytest.mark.golden
-SIZES = teachers.ViTSizes(48, 2, 3, 14, 16, "dinov2")
+SIZES = ViTSizes(48, 2, 3, 14, 16)
 
 
 def test_lpips_value_and_gradient(golden, tmp_path):
@@ -61,7 +61,7 @@ def test_dinov2_tokens(golden, monkeypatch):
     monkeypatch.setitem(teachers.VITS, "dinov2-s", SIZES)
     state = load_file(golden / "gigatok" / "dinov2_like_state.safetensors")
     params = keymap.from_published(hub.entries("dinov2-s"), state)
-    vit = SIZES.build()
+    vit = ViT(SIZES)
     x = resize(imagenet_normalised(io["x"].transpose(0, 2, 3, 1)), 224, 224, bicubic)
     tokens, _ = jax.jit(lambda p, x: vit.apply({"params": p["vit"]}, x))(params, x)
     assert_close_tree(tokens, io["tokens"])
