@@ -8,7 +8,7 @@ optimiser moments lie as their parameters do.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+STACKED = "/layers/"  # in the path of a leaf that holds a scanned stack's layers
 
 _MOMENT = re.compile(r"^opt/(\w+)/.*?/(mu|nu)/")  # opt/GROUP/…/mu/PATH: of the parameter params/GROUP/PATH
 
@@ -126,8 +127,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None:
-    """What `nn.constrain` applies while a step is traced: the batch axis over the data-parallel devices.
+class Placement(NamedTuple):
+    """How what is traced lies on its devices; `nn.constrain` applies it.
+
+    activations: (array, a logical name or None per dimension) → the array, pinned.
+    weights: pytree of parameters → the same, each leaf whole but for tensor parallelism.
+    """
+
+    activations: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+    weights: Callable[[Any], Any]
+
+
+def placement(mesh: Mesh) -> Placement | None:
+    """How a step that is traced lies on a mesh: the batch over the data-parallel devices, weights by tensor only.
 
     None on one device.
     """
@@ -135,11 +147,18 @@ def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, 
         return None
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def constraint(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+    def activations(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         axes = [BATCH_AXES if name == "batch" and size % shards == 0 else None for size, name in zip(x.shape, logical)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    return constraint
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if STACKED in name:
+            return leaf
+        axes = [None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh, "fsdp+tensor")]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params))
 
 
 def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gigatok_jax import optim, sharding
-from gigatok_jax.nn.constrain import Constraint, constraints
+from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -22,7 +22,7 @@ def make_train_step(
     *,
     seed: int,
     accumulate: int = 1,
-    constraint: Constraint | None = None,
+    placement: sharding.Placement | None = None,
 ) -> StepFn:
     """The pure step of one static phase: (state, frozen, batch) → (state, metrics).
 
@@ -40,10 +40,11 @@ def make_train_step(
 
         def total(params: dict[str, Any], state: Any, batch: Any, key: jax.Array) -> Any:
             params = {name: optim.freeze(groups[name], value) for name, value in params.items()}
-            return loss_fn({**params, **idle}, state, frozen, batch, key, train.step)
+            params, networks = gathered({**params, **idle}), gathered(frozen)
+            return loss_fn(params, state, networks, batch, key, train.step)
 
         trained = {name: train.params[name] for name in active}
-        with constraints(constraint):
+        with placing(placement):
             if accumulate == 1:
                 (loss, (state, metrics)), gradients = jax.value_and_grad(total, has_aux=True)(
                     trained, train.state, batch, key
@@ -68,8 +69,8 @@ def compile_step(
     batch: Mapping[str, Any],
 ) -> jax.stages.Compiled:
     """The compiled step of a phase: the state is donated and the new one lies where it lay."""
-    constraint = sharding.activation_constraint(mesh)
-    fn = make_train_step(objective, groups, phase, seed=seed, accumulate=accumulate, constraint=constraint)
+    placement = sharding.placement(mesh)
+    fn = make_train_step(objective, groups, phase, seed=seed, accumulate=accumulate, placement=placement)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     return jitted.lower(abstract, frozen, batch).compile()

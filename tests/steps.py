@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from gigatok_jax import objectives, optim, sharding, train_state, train_step
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.train_step import make_train_step
 from tests.tiny import tiny_run
 
@@ -57,7 +57,7 @@ def build(cfg, objective, groups, layout, step=1):
         objective.phase(step),
         seed=0,
         accumulate=cfg.accumulate,
-        constraint=sharding.activation_constraint(mesh),
+        placement=sharding.placement(mesh),
     )
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(fn, out_shardings=(placed, sharding.replicated(mesh)))
@@ -77,7 +77,7 @@ def full_step(layout, cfg, objective, networks=None):
         def total(params):
             return loss_fn(params, train.state, networks, batch, jax.random.key(0), train.step)
 
-        with constraints(sharding.activation_constraint(mesh)):
+        with placing(sharding.placement(mesh)):
             (loss, (new, metrics)), grads = jax.value_and_grad(total, has_aux=True)(train.params)
         return loss, grads, *train_step._apply(train, groups, active, loss, new, metrics, grads)
 

@@ -141,8 +141,8 @@ def test_eight_devices_take_the_step_of_one(ids, name):
         state.params["generator"]["head"]["kernel"] = jax.device_put(
             0.1 * head, state.params["generator"]["head"]["kernel"].sharding
         )
-        constraint = sharding.activation_constraint(mesh)
-        step = make_train_step(objective, groups, objective.phase(0), seed=0, constraint=constraint)
+        placement = sharding.placement(mesh)
+        step = make_train_step(objective, groups, objective.phase(0), seed=0, placement=placement)
         new, metrics = jax.jit(step)(state, {}, sharding.place_batch(batch, mesh, 8))
         results.append(jax.device_get((new.opt, {k: v for k, v in metrics.items() if not k.startswith("learn")})))
     assert_close_tree(results[1][1], results[0][1], 1e-4)

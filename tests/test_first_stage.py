@@ -124,9 +124,7 @@ def steps(cfg, layout, count, ids_of=None, objective_of=lambda objective: object
     state.params["generator"]["head"]["kernel"] = jax.device_put(
         0.1 * jax.random.normal(jax.random.key(1), head.shape), head.sharding
     )
-    step = make_train_step(
-        objective, groups, objective.phase(0), seed=0, constraint=sharding.activation_constraint(mesh)
-    )
+    step = make_train_step(objective, groups, objective.phase(0), seed=0, placement=sharding.placement(mesh))
     step, losses = jax.jit(step), []
     source = data.make_source(cfg.data.source, root=cfg.data.root)
     settings = dict(global_batch=8, seed=cfg.seed, num_steps=count, num_threads=1, element=data.element(cfg))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from gigatok_jax import config, sharding, train_state, train_step
 from gigatok_jax.bottlenecks import vq
@@ -83,8 +84,33 @@ def test_the_compiled_step_keeps_the_batch_split():
 
 
 def test_a_lost_batch_constraint_would_be_seen(monkeypatch):
-    monkeypatch.setattr(sharding, "activation_constraint", lambda mesh: None)
+    monkeypatch.setattr(sharding, "placement", lambda mesh: None)
     assert full_batch_arrays(compiled_text("fsdp"))
+
+
+def constrained_shapes(jaxpr, found):
+    """Shapes of what is pinned anywhere in a program to lie whole on every device."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint" and equation.params["sharding"].is_fully_replicated:
+            found.add(equation.invars[0].aval.shape)
+        for inner in core.jaxprs_in_params(equation.params):
+            constrained_shapes(inner, found)
+    return found
+
+
+def test_weights_are_gathered_before_they_are_used():
+    """Otherwise the partitioner may gather the batch and split channels: TPUs' did, for gradients of convolutions."""
+    cfg, objective = tiny_objective(**QUIET)
+    mesh = sharding.make_mesh(MESHES["fsdp"][0])
+    groups = adam_groups(cfg)
+    state = train_state.abstract(objective, groups, 0, mesh, "fsdp")
+    step = train_step.make_train_step(objective, groups, objective.phase(1), seed=0, placement=sharding.placement(mesh))
+    pinned = constrained_shapes(jax.make_jaxpr(step)(state, {}, objective.batch(cfg.global_batch)).jaxpr, set())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = sharding.path_name(path)
+        used = leaf.shape[1:] if sharding.STACKED in name else leaf.shape  # layers: one at a time, never all together
+        assert used in pinned, name
+        assert sharding.STACKED not in name or leaf.shape not in pinned, name
 
 
 def test_per_device_entropy_would_be_seen(monkeypatch):

@@ -13,7 +13,7 @@ from gigatok_jax import sharding
 from gigatok_jax.benchmarks.timing import Call
 from gigatok_jax.benchmarks.training import Setup, synthetic_batch
 from gigatok_jax.generators import ar as generators
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, to_unit_range
 from gigatok_jax.sampling import ar, guidance, precision
 from gigatok_jax.scaling.flops import count_flops
@@ -51,11 +51,11 @@ def _inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable
         return objective.tokenizer.apply({"params": params}, x, method=method)
 
     def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
-        with constraints(sharding.activation_constraint(mesh)):
+        with placing(sharding.placement(mesh)):
             return apply(params, "encode", to_unit_range(image_BHWC))[0].ids_BK
 
     def decode(params: Any, ids_BK: jax.Array) -> jax.Array:
-        with constraints(sharding.activation_constraint(mesh)):
+        with placing(sharding.placement(mesh)):
             return apply(params, "decode", apply(params, "lookup", ids_BK))[0].astype(jnp.float32)
 
     return {"encode": encode, "decode": decode}[name]
@@ -76,7 +76,7 @@ def sample_call(setup: Setup, params: Any, scale: float, dtype: str) -> Call:
     scales = guidance.scales("constant", scale, model.num_latent_tokens)
 
     def sample(params: Any, class_B: jax.Array) -> jax.Array:
-        with constraints(sharding.activation_constraint(mesh)):
+        with placing(sharding.placement(mesh)):
             keys_B = ar.image_keys(0, jnp.arange(images))
             return ar.generate(model, params, class_B, keys_B, scales, ar.PLAIN, dtype)
 

@@ -12,7 +12,7 @@ from gigatok_jax import data, sharding
 from gigatok_jax.evals import fid, lpips
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 
 Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -53,7 +53,7 @@ class Evaluator:
         self._features = fid.build(cfg["frozen"]["folder"], mesh, self._batch) if cfg["eval"]["fid"] else None
 
         def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
-            with constraints(sharding.activation_constraint(mesh)):
+            with placing(sharding.placement(mesh)):
                 return reconstruct(params, image)
 
         self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gigatok_jax import data, sharding
 from gigatok_jax.evals.picture_ids import PictureIds
 from gigatok_jax.hub.frozen import id_writer
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.ar import ARObjective
 
 Part = tuple[np.ndarray, np.ndarray]  # ids (M, K) and true classes (M,) of M pictures, int32
@@ -97,7 +97,7 @@ class Likelihood:
         self.batch, self._mesh = -(-batch // shards) * shards, mesh
 
         def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, valid_B: jax.Array) -> Any:
-            with constraints(sharding.activation_constraint(mesh)):
+            with placing(sharding.placement(mesh)):
                 loss_BK, right_BK = objective.scores(params, ids_BK, class_B)
             return jax.tree.map(lambda x: jnp.sum(x.mean(-1) * valid_B), (loss_BK, right_BK))
 

@@ -21,7 +21,7 @@ from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.evals.grid import curves_picture
 from gigatok_jax.hub.bundle import Bundle
 from gigatok_jax.hub.frozen import place
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.probe import Features, ProbeObjective
 from gigatok_jax.train_step import compile_step
 
@@ -251,7 +251,7 @@ class LinearProbe:
         best = min(5, self.objective.num_classes)
 
         def scores(params: Any, state: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Any:
-            with constraints(sharding.activation_constraint(self.mesh)):
+            with placing(sharding.placement(self.mesh)):
                 logits = self.objective.logits(params, state, frozen, batch["image"])
             right = (jax.lax.top_k(logits, best)[1] == batch["label"][:, None]) & batch["valid"][:, None]
             seen_C = jnp.zeros(self.objective.num_classes).at[batch["label"]].add(batch["valid"])

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gigatok_jax import data, distributed, sharding
 from gigatok_jax.metrics import Progress
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.ar import ARObjective
 
 
@@ -28,7 +28,7 @@ class PictureIds:
         self._rows = sharding.process_rows(mesh, batch)
 
         def make(frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-            with constraints(sharding.activation_constraint(mesh)):
+            with placing(sharding.placement(mesh)):
                 return objective.ids(frozen, batch), batch["label"], batch["valid"]
 
         self._make = jax.jit(make, out_shardings=sharding.replicated(mesh))

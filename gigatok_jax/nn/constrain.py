@@ -1,35 +1,45 @@
-"""Where a model says which of its axes is the batch, without knowing a mesh.
+"""Where a model says which of its axes is the batch and when it takes up its weights, without knowing a mesh.
 
 A module calls `constrain(x, "batch", None, "embed")`; on one device this returns `x` itself. `sharding.py` supplies
-the function that turns logical names into a `NamedSharding` constraint, for the time a step is traced.
+the functions that turn logical names into `NamedSharding` constraints, for the time a step is traced.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
-Constraint = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-_constraint: contextvars.ContextVar[Constraint | None] = contextvars.ContextVar("constraint", default=None)
+_placement: contextvars.ContextVar[Any] = contextvars.ContextVar("placement", default=None)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x` with its sharding pinned to the named logical axes, one per dimension (identity on one device)."""
-    constraint = _constraint.get()
-    return x if constraint is None else constraint(x, logical_axes)
+    placement = _placement.get()
+    return x if placement is None else placement.activations(x, logical_axes)
+
+
+def gathered(params: Any) -> Any:
+    """Parameters as they are computed with: gathered over the axis that only stores them in parts.
+
+    Without this the partitioner is free to gather the batch instead and to split channels, and does so in the gradients
+    of convolutions and wide matrices. Stacked layers stay in parts: each is gathered where the scan reaches it.
+    """
+    placement = _placement.get()
+    return params if placement is None else placement.weights(params)
 
 
 def is_split() -> bool:
     """Whether what is being traced runs on several devices."""
-    return _constraint.get() is not None
+    return _placement.get() is not None
 
 
 @contextlib.contextmanager
-def constraints(constraint: Constraint | None) -> Iterator[None]:
-    """Makes `constraint` the one that `constrain` applies, inside the `with` block."""
-    token = _constraint.set(constraint)
+def placing(placement: Any) -> Iterator[None]:
+    """Makes `placement` (a `sharding.Placement`, or None) what `constrain` and `gathered` apply inside the block."""
+    token = _placement.set(placement)
     try:
         yield
     finally:
-        _constraint.reset(token)
+        _placement.reset(token)

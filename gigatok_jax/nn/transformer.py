@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.attention import MultiHeadAttention
-from gigatok_jax.nn.constrain import constrain
+from gigatok_jax.nn.constrain import constrain, gathered
 from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import layer_norm
 
@@ -163,7 +163,7 @@ class Stack(nn.Module):
 
         def apply(params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
             rngs = None if key is None else {"dropout": key}
-            return constrain(layer.apply({"params": params}, x, *context, rngs=rngs), "batch", None, "embed")
+            return constrain(layer.apply({"params": gathered(params)}, x, *context, rngs=rngs), "batch", None, "embed")
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

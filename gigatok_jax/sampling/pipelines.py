@@ -14,7 +14,7 @@ from gigatok_jax import sharding
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import frozen
 from gigatok_jax.hub.bundle import Bundle, load
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance, precision
 
@@ -66,7 +66,7 @@ class _Pipeline:
 
     def _jit(self, fn: Any) -> Any:
         def constrained(*args: Any) -> Any:
-            with constraints(sharding.activation_constraint(self.mesh)):
+            with placing(sharding.placement(self.mesh)):
                 return fn(*args)
 
         return jax.jit(constrained, out_shardings=sharding.batch_sharding(self.mesh))

@@ -7,7 +7,7 @@ import pytest
 
 from gigatok_jax import sharding
 from gigatok_jax.nn import conv_gradient
-from gigatok_jax.nn.constrain import constraints
+from gigatok_jax.nn.constrain import placing
 from gigatok_jax.nn.conv import Conv
 from gigatok_jax.scaling.flops import count_flops
 from tests.compare import assert_close_tree
@@ -61,7 +61,7 @@ def test_bfloat16_sums_in_float32(monkeypatch):
 def on_eight_devices(fn, args):
     """The program of a gradient with the batch over eight devices, and its value."""
     mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
-    with constraints(sharding.activation_constraint(mesh)):
+    with placing(sharding.placement(mesh)):
         placed = jax.device_put(args, (sharding.replicated(mesh), sharding.batch_sharding(mesh)))
         compiled = fn.lower(*placed).compile()
     return compiled.as_text(), compiled(*placed)
