@@ -24,7 +24,8 @@ from gigatok_jax import program, train_state
 from gigatok_jax.benchmarks.inference import fresh_params, held, inference_call, sample_call, sampling_bytes
 from gigatok_jax.benchmarks.inputs import input_speed
 from gigatok_jax.benchmarks.timing import describe, measure, memory_gib_per_second
-from gigatok_jax.benchmarks.training import Setup, build, train_call
+from gigatok_jax.benchmarks.training import train_call
+from gigatok_jax.blueprint import Blueprint, build
 from gigatok_jax.sampling.precision import DTYPES
 
 WHAT = {"tokenizer": ("train", "encode", "decode"), "ar": ("train", "sample")}
@@ -68,50 +69,50 @@ def benchmark(
     step = cfg.num_steps - 1 if step is None else step
     if not 0 <= step < cfg.num_steps:
         raise ValueError(f"step={step} is outside 0..{cfg.num_steps - 1}, the steps of this run")
-    setup = build(cfg)
-    phase = setup.objective.phase(step)
-    facts = machine_and_config(setup)
+    plan = build(cfg)
+    phase = plan.objective.phase(step)
+    facts = machine_and_config(plan)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    group = "generator" if "generator" in cfg else "tokenizer"
+    group = plan.model
     if "train" in what:
         facts |= {"step": step, "phase": phase._asdict()}
         print(f"train: step {step} (of {cfg.num_steps}, counted from 0), {phase}", flush=True)
-        facts["train"], state = measure(train_call(setup, phase), train_state.init(*setup.state_args), steps, warmup)
+        facts["train"], state = measure(train_call(plan, phase), train_state.init(*plan.state_args), steps, warmup)
         print(f"train: {describe(facts['train'])}", flush=True)
         params = state.params[group]
         del state  # the moments' memory
     elif what:
-        params = fresh_params(setup, group)
+        params = fresh_params(plan, group)
     for name in [name for name in ("encode", "decode") if name in what]:
-        facts[name], params = measure(inference_call(setup, name), params, steps, warmup)
+        facts[name], params = measure(inference_call(plan, name), params, steps, warmup)
         print(f"{name}: {describe(facts[name])}", flush=True)
     if "sample" in what:
         dtype = dtype or cfg.dtype
-        params = held(setup, params, dtype)
-        record, params = measure(sample_call(setup, params, scale, dtype), params, steps, warmup)
-        facts["sample"] = record | _sampling_facts(setup, params, scale, dtype, record)
+        params = held(plan, params, dtype)
+        record, params = measure(sample_call(plan, params, scale, dtype), params, steps, warmup)
+        facts["sample"] = record | _sampling_facts(plan, params, scale, dtype, record)
         print(f"sample: {describe(facts['sample'])}", flush=True)
     return facts
 
 
-def _sampling_facts(setup: Setup, params: Any, scale: float, dtype: str, record: dict[str, Any]) -> dict[str, Any]:
-    tokens = record["images"] * setup.objective.generator.num_latent_tokens
+def _sampling_facts(plan: Blueprint, params: Any, scale: float, dtype: str, record: dict[str, Any]) -> dict[str, Any]:
+    tokens = record["images"] * plan.objective.generator.num_latent_tokens
     bandwidth, seconds = memory_gib_per_second(), record["median_ms"] / 1e3
-    bound = sampling_bytes(setup, params, scale, dtype) / (bandwidth * 2**30 * jax.device_count())
+    bound = sampling_bytes(plan, params, scale, dtype) / (bandwidth * 2**30 * jax.device_count())
     facts = {"scale": scale, "dtype": dtype, "tokens_per_second": tokens / seconds}
     return {**facts, "memory_gib_per_second": bandwidth, "bandwidth_fraction": bound / seconds}
 
 
-def machine_and_config(setup: Setup) -> dict[str, Any]:
+def machine_and_config(plan: Blueprint) -> dict[str, Any]:
     """What two results must share to be compared."""
     return {
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "flax": flax.__version__,
-        "global_batch": setup.cfg.global_batch,
-        "dtype": setup.cfg.dtype,
-        **setup.objective.facts(),
+        "global_batch": plan.cfg.global_batch,
+        "dtype": plan.cfg.dtype,
+        **plan.objective.facts(),
     }
 
 

@@ -1,23 +1,29 @@
-"""What a config will be, before any accelerator is taken: parameters by module and by part.
+"""What a config will be, before any accelerator is taken: its parameters, and what its run would need on a pod.
 
     python -m gigatok_jax.plan --config=configs/gigatok.py:xl-xxl --params
+    python -m gigatok_jax.plan --config=configs/ar.py:xxl --topology=v5e:4x4 --mesh=fsdp=16 --out=plans/xxl
 
-The last line printed is one JSON object. Nothing is allocated: shapes come from `jax.eval_shape`.
+The second compiles the real train step, and the encoding of a tokenizer or the sampling of a generator, for TPUs that
+are not there (libtpu, extra `tpu`). Bytes and counts are the compiler's; seconds and MFU are projections by the formula
+in `scaling/projection.py`. The last line printed is one JSON object. Nothing is allocated.
 """
 
 import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, objectives, program
+from gigatok_jax.planning import picture, topology
+from gigatok_jax.scaling import chips
 from gigatok_jax.sharding import path_name
 
 # The first pattern that a parameter's path begins with names its part.
@@ -127,21 +133,76 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:xl-xxl.", lock_config=True)
     flags.DEFINE_bool("params", False, "Print the parameters of the tokenizer or generator.")
     flags.DEFINE_integer("depth", 2, "Names of a module path that make a row of the table.", lower_bound=1)
+    flags.DEFINE_list("topology", [], "Compile for these, e.g. v5p:2x2x4,v5e:4x4.")
+    flags.DEFINE_list("mesh", [], "Axis sizes in place of the config's, e.g. fsdp=16,tensor=4; data takes the rest.")
+    flags.DEFINE_list("what", [], "Programs to compile: train, encode, sample; by default all that the config has.")
+    flags.DEFINE_string("out", "", "A folder for plan.json and plan.png.")
     flags.mark_flag_as_required("config")
+
+
+def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
+    """The config with axis sizes such as ["fsdp=16"]; `data` takes what is left unless it is named.
+
+    Raises:
+      ValueError: for another form or axis.
+    """
+    if not sizes:
+        return cfg
+    cfg = cfg.copy_and_resolve_references()
+    mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    for size in sizes:
+        axis, _, number = size.partition("=")
+        if axis not in mesh or not re.fullmatch(r"-1|[1-9]\d*", number):
+            raise ValueError(f"--mesh={','.join(sizes)}: {size!r} is no AXIS=SIZE; axes are {', '.join(mesh)}")
+        mesh[axis] = int(number)
+    cfg.mesh.update(mesh)
+    return cfg
+
+
+def plan_topologies(
+    cfg: ConfigDict, names: Sequence[str], what: Sequence[str] = (), out: str = ""
+) -> list[dict[str, Any]]:
+    """A row per program and topology (see `planning.topology.plan`), printed as they come; pictures under `out`.
+
+    Raises:
+      ValueError, RuntimeError: as `planning.topology.plan`.
+    """
+    topologies = [chips.topology(name) for name in names]
+    known = topology.PROGRAMS[cfg.objective]
+    if unknown := set(what) - set(known):
+        raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(sorted(unknown))}, but {known}")
+    rows: list[dict[str, Any]] = []
+    for where in topologies:
+        for name in what or known:
+            print(f"compiling {name} for {where.name} …", file=sys.stderr, flush=True)
+            rows.append(topology.plan(cfg, where, name))
+            if not rows[-1]["fits"]:
+                print(topology.misfit(rows[-1]))
+    print(topology.table(rows))
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
+        picture.picture(rows).save(Path(out) / "plan.png")
+        print(f"{out}/plan.png")
+    return rows
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
-    if not FLAGS.params:
-        sys.exit("error: nothing to plan; flags are --params (a table of the parameters, with --depth=N)")
+    if FLAGS.params == bool(FLAGS.topology):
+        sys.exit("error: one of --params (a table of the parameters, with --depth=N) and --topology=KIND:SHAPE")
     jax.config.update("jax_platforms", "cpu")  # a plan must not take hold of an accelerator that a run is using
     try:
         config.validate(FLAGS.config)
-        table, facts = plan_params(FLAGS.config, FLAGS.depth)
-    except (ValueError, OSError) as error:
+        if FLAGS.params:
+            table, facts = plan_params(FLAGS.config, FLAGS.depth)
+            print(table)
+        else:
+            rows = plan_topologies(with_mesh(FLAGS.config, FLAGS.mesh), FLAGS.topology, FLAGS.what, FLAGS.out)
+            facts = rows[0] if len(rows) == 1 else {"plans": rows}
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(table)
     print(json.dumps(facts))
 
 

@@ -10,15 +10,7 @@ import jax
 import pytest
 
 from gigatok_jax import benchmark, config
-from tests.tiny import ROOT, tiny_generator, tiny_run
-
-TINIEST = dict(
-    tokenizer__image_size=8,
-    tokenizer__num_latent_tokens=4,
-    tokenizer__conv_multipliers=(1,),
-    tokenizer__encoder_depth=1,
-    tokenizer__decoder_depth=1,
-)
+from tests.tiny import ROOT, TINIEST, tiny_generator, tiny_run
 
 
 @pytest.fixture(scope="module")

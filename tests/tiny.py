@@ -88,6 +88,16 @@ def tiny_run(**changes: object) -> ConfigDict:
     return cfg
 
 
+# Of `tiny_run`, where only compiling matters.
+TINIEST = dict(
+    tokenizer__image_size=8,
+    tokenizer__num_latent_tokens=4,
+    tokenizer__conv_multipliers=(1,),
+    tokenizer__encoder_depth=1,
+    tokenizer__decoder_depth=1,
+)
+
+
 def tiny_generator(**options: object) -> ConfigDict:
     """An AR generator's section: 16 ids of 16, 5 classes."""
     section = config.ar_generator()

@@ -71,6 +71,19 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     return found
 
 
+def abstract(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """What `of_config` gives of the networks in the weights folder, as placed shapes; no file is needed."""
+    roles = objectives.networks(cfg)
+    grid = objectives.latent_grid(cfg) if "semantic" in roles else None
+    dtype, found = jax.numpy.dtype(cfg["frozen"]["dtype"]) if roles else None, {}
+    for role, name in roles.items():
+        found[role] = teachers.abstract(name, grid=grid if role == "semantic" else None, dtype=dtype)
+        if role == "semantic":
+            found[role].pop("heads", None)
+    where = sharding.state_shardings(found, mesh, cfg["sharding"]["preset"])
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), found, where)
+
+
 def hashes(cfg: Mapping[str, Any]) -> dict[str, str]:
     """{role: SHA-256 of its file, or hash of its bundle}: what a checkpoint keeps of networks that it does not hold."""
     roles = sorted(objectives.networks(cfg).items())

@@ -84,15 +84,20 @@ def check_keys(entries: Iterable[Entry], state: Mapping[str, Any], droppable: tu
     _compare({entry.key: entry.shape for entry in entries}, state, droppable)
 
 
-def check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
-    """As `check_keys`, for our leaves by path (anything with a shape)."""
-    want: dict[str, tuple[int, ...]] = {}
+def leaf_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """The shapes of our leaves by path."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries:
         part = entry.shape if len(entry.paths) == 1 else (entry.shape[0] // len(entry.paths), *entry.shape[1:])
         shape = to_ours(np.broadcast_to(0, part), entry.kind).shape
         for path in entry.paths:  # layers come in ascending order: the last one tells how many there are
-            want[path] = shape if entry.layer is None else (entry.layer + 1, *shape)
-    _compare(want, flat)
+            shapes[path] = shape if entry.layer is None else (entry.layer + 1, *shape)
+    return shapes
+
+
+def check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
+    """As `check_keys`, for our leaves by path (anything with a shape)."""
+    _compare(leaf_shapes(entries), flat)
 
 
 def _compare(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], droppable: tuple[str, ...] = ()) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax import ShapeDtypeStruct
 
 from gigatok_jax.hub import inception, keymap, vit_keys
 from gigatok_jax.hub.keymap import Entry
@@ -168,6 +169,15 @@ def load(name: str, path: str | Path, *, grid: Grid | None = None, dtype: Any = 
         if name == "dino-s16":  # as GigaTok's discriminator; attention is the same with any key bias
             vit["stack"]["layers"]["self_attention"]["key"]["bias"] *= 0
     return keymap.unflatten({key: value.astype(dtype) for key, value in keymap.flatten(params).items()})
+
+
+def abstract(name: str, *, grid: Grid | None = None, dtype: Any = np.float32) -> dict[str, Any]:
+    """What `load` gives, as shapes; no file is needed."""
+    shapes = keymap.leaf_shapes(entries(name))
+    if name in VITS and grid:
+        rows = grid[0] * grid[1] + VITS[name].class_token
+        shapes["vit/token_pos"] = (1, rows, VITS[name].width)
+    return keymap.unflatten({path: ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
 
 
 def entries(name: str, state: Mapping[str, Any] | None = None, layout: str = "") -> list[Entry]:

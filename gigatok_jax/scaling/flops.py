@@ -1,6 +1,7 @@
 """Analytic FLOPs of a function: its jaxpr is walked, nothing is compiled or allocated."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,29 @@ def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> Flops:
     closed = jax.make_jaxpr(fn)(*abstract_args)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _jaxpr(jaxpr)
+
+
+def flops_by_network(fn: Callable[..., Any], *abstract_args: Any) -> dict[str, Flops]:
+    """`count_flops` by the flax module at the root of each operation's scope, in a tokenizer by its part.
+
+    {"Tokenizer/encoder": …, "PatchGAN": …, "": what is outside of modules}.
+    """
+    closed = jax.make_jaxpr(fn)(*abstract_args)
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    found: dict[str, list[Flops]] = {}
+    for equation in jaxpr.eqns:
+        if (flops := _equation(equation)).total:
+            found.setdefault(_network(str(equation.source_info.name_stack)), []).append(flops)
+    return {name: _sum(parts) for name, parts in sorted(found.items())}
+
+
+def _network(scope: str) -> str:
+    """ "transpose(jvp(Tokenizer))/Tokenizer.decode/decoder/cnn" → "Tokenizer/decoder"."""
+    names = [re.sub(r"^(?:\w+\()*|\)*$", "", name) for name in scope.split("/")]
+    names = [name for name in names if name and "." not in name]
+    if names and names[0] == "Tokenizer":
+        return "/".join(names[:2])
+    return names[0] if names else ""
 
 
 def _sum(parts: Iterable[Flops]) -> Flops:

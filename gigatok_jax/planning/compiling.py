@@ -1,0 +1,164 @@
+"""One program of a config, compiled ahead of time for a topology; nothing runs and nothing is allocated.
+
+Reads of a request and writes of its answer are JSON, because a compiler may take its process down with it:
+
+    python -m gigatok_jax.planning.compiling REQUEST.json ANSWER.json
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from gigatok_jax import programs, sharding
+from gigatok_jax.blueprint import Blueprint, build, counted
+from gigatok_jax.hub import frozen
+from gigatok_jax.sampling import precision
+from gigatok_jax.scaling import hlo
+from gigatok_jax.scaling.flops import count_flops, flops_by_network
+from gigatok_jax.train_step import make_train_step
+
+SCALE = 1.75  # guidance of the sampling that is planned: it doubles the batch, whatever it is
+
+
+def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """The facts of one program on `devices`; see `facts_of`.
+
+    Args:
+      request: "config" (JSON of a config), "program" ("train", "encode" or "sample").
+    Raises:
+      ValueError: for a config that cannot run on these devices.
+    """
+    plan = build(ConfigDict(request["config"]), devices)
+    lower = {"train": _train, "encode": _encode, "sample": _sample}[request["program"]]
+    fn, args, out_shardings, donated, flops = lower(plan)
+    started = time.monotonic()
+    lowered = jax.jit(fn, donate_argnums=donated, out_shardings=out_shardings).lower(*args)
+    facts = {
+        "program": request["program"],
+        "mesh": dict(plan.mesh.shape),
+        "images": plan.cfg.global_batch // (1 if request["program"] == "train" else plan.cfg.accumulate),
+        "flops": flops,
+        "argument_bytes": {name: shard_bytes(value) for name, value in zip(("state", "frozen", "batch"), args)},
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (needs := out_of_memory(str(error))) is None:
+            raise
+        return {**facts, **needs, "compile_seconds": time.monotonic() - started}
+    return {**facts, **facts_of(compiled), "compile_seconds": time.monotonic() - started}
+
+
+def facts_of(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" (see
+    `scaling.hlo.memory_traffic`), and "collectives" a step, by kind and the largest of them."""
+    sizes, text = compiled.memory_analysis(), compiled.as_text()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    found = hlo.collectives(text)
+    return {
+        "fits": True,
+        "memory": {
+            "peak": held + sizes.temp_size_in_bytes,
+            "arguments": sizes.argument_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+        },
+        "traffic": hlo.memory_traffic(text),
+        "collectives": hlo.by_kind(found),
+        "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
+    }
+
+
+def out_of_memory(message: str) -> dict[str, Any] | None:
+    """What a compiler says that has no room: {"fits": False, "memory": {"peak"}, "limit", "largest"}; else None."""
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", message)
+    if not used:
+        return None
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    peak, limit = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
+    tensors = re.findall(r"Size: ([\d.]+[KMG]?)\s+(?:Operator: op_name=\"([^\"]*)\".*?\s+)?Shape: (\S+)", message)
+    largest = [{"size": size, "op": op, "shape": shape.split("{")[0]} for size, op, shape in tensors[:3]]
+    return {"fits": False, "memory": {"peak": peak}, "limit": limit, "largest": largest}
+
+
+def shard_bytes(tree: Any) -> dict[str, int]:
+    """Bytes that one device holds of a pytree of placed shapes, by its first name."""
+    found: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = sharding.path_name(path).split("/")[0]
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        found[name] = found.get(name, 0) + int(jnp.dtype(leaf.dtype).itemsize * jnp.prod(jnp.array((1, *shape))))
+    return found
+
+
+def _batch(plan: Blueprint, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    split = sharding.batch_sharding(plan.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=split)
+        for name, like in plan.objective.batch(rows).items()
+    }
+
+
+def _train(plan: Blueprint) -> tuple[Any, ...]:
+    """The step of the run's last phase: every loss, frozen network, optimiser and average that it ends with."""
+    cfg, mesh = plan.cfg, plan.mesh
+    phase, placement = plan.objective.phase(cfg.num_steps - 1), sharding.placement(mesh)
+    options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
+    args = plan.abstract, frozen.abstract(cfg, mesh), _batch(plan, cfg.global_batch)
+    networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args)
+    plain = make_train_step(counted(cfg, recomputed=False), plan.groups, phase, **options)
+    flops = {
+        "hardware": sum(part.total for part in networks.values()),
+        "model": count_flops(plain, *args).total,
+        "networks": {name: part.total for name, part in networks.items()},
+    }
+    step = make_train_step(plan.objective, plan.groups, phase, **options, placement=placement)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+    return step, args, (placed, sharding.replicated(mesh)), 0, flops
+
+
+def _encode(plan: Blueprint) -> tuple[Any, ...]:
+    rows = plan.cfg.global_batch // plan.cfg.accumulate
+    args = plan.abstract.params["tokenizer"], _batch(plan, rows)["image"]
+    flops = count_flops(programs.inference(plan.counted, "encode", plan.mesh), *args).total
+    fn = programs.inference(plan.objective, "encode", plan.mesh)
+    return fn, args, sharding.batch_sharding(plan.mesh), (), {"hardware": flops, "model": flops}
+
+
+def _sample(plan: Blueprint) -> tuple[Any, ...]:
+    """Prefill and all positions, with guidance, from bfloat16 weights where the config's are."""
+    rows, dtype = plan.cfg.global_batch // plan.cfg.accumulate, plan.cfg.dtype
+    depth = plan.objective.generator.stack.depth
+    shapes = jax.eval_shape(lambda params: precision.held(params, depth, dtype), plan.abstract.params["generator"])
+    where = sharding.state_shardings({"params": {"generator": shapes}}, plan.mesh, plan.cfg.sharding.preset)
+    held = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes,
+        where["params"]["generator"],
+    )
+    args = held, _batch(plan, rows)["label"]
+    fn = programs.sampler(plan, rows, SCALE, dtype)
+    flops = count_flops(fn, *args).total
+    return fn, args, sharding.batch_sharding(plan.mesh), (), {"hardware": flops, "model": flops}
+
+
+def main(argv: list[str]) -> None:
+    request = json.loads(Path(argv[0]).read_text())
+    found = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu")
+    try:
+        facts = answer(request, found.devices)
+    except (ValueError, OSError) as error:
+        facts = {"error": str(error)}
+    Path(argv[1]).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

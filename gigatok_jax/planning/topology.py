@@ -1,0 +1,120 @@
+"""Plans for a topology: compiles a config's programs in processes of their own, and projects what they would take."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gigatok_jax import config
+from gigatok_jax.scaling.chips import Topology
+from gigatok_jax.scaling.projection import project
+
+PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample")}
+# The compiler asks nobody on the network what machine this is, and lets others beside it.
+_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 3600.0) -> dict[str, Any]:
+    """What one program of a config needs on a topology, as in the answer of `planning.compiling` and, where it fits:
+
+    hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, bound, collective_bytes_per_step; of the
+    train step also the run's chip_hours and images.
+
+    Raises:
+      ValueError: the config cannot run there, naming why.
+      RuntimeError: the compiler failed, with the end of what it wrote.
+    """
+    facts = compiled(cfg, topology, program, timeout)
+    limit = facts.get("limit", topology.chip.hbm_gib * 2**30)
+    row = {
+        "topology": topology.name,
+        "chips": topology.chips,
+        **facts,
+        "fits": facts["fits"] and facts["memory"]["peak"] <= limit,
+        "hbm_gib_per_device": facts["memory"]["peak"] / 2**30,
+        "hbm_gib_limit": limit / 2**30,
+    }
+    if not facts["fits"]:
+        return row
+    projection = project(facts, topology.chip, topology.chips)
+    row |= {
+        "projected_step_seconds": projection.step,
+        "projected_seconds": {name: getattr(projection, name) for name in ("compute", "memory", "links")},
+        "projected_mfu": projection.mfu,
+        "bound": projection.bound,
+        "collective_bytes_per_step": sum(kind["bytes"] for kind in facts["collectives"].values()),
+        "flops_per_byte": facts["flops"]["hardware"] / topology.chips / facts["traffic"],
+    }
+    if program == "train":
+        row["chip_hours"] = projection.step * cfg.num_steps * topology.chips / 3600
+        row["images_of_the_run"] = cfg.num_steps * cfg.global_batch
+    return row
+
+
+def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) -> dict[str, Any]:
+    """The answer of `planning.compiling`, from a process of its own."""
+    if topology.chip.platform != "tpu":
+        raise ValueError(f"topology={topology.name}: only TPUs are compiled for so far")
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log"))
+        content = {"config": config.to_json(cfg), "program": program, "topology": topology.name}
+        request.write_text(json.dumps(content))
+        command = [sys.executable, "-m", "gigatok_jax.planning.compiling", str(request), str(answer)]
+        with log.open("wb") as sink:
+            try:
+                status = subprocess.run(
+                    command, env={**os.environ, **_ALONE}, stdout=sink, stderr=sink, timeout=timeout
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"compiling {program} for {topology.name} took over {timeout:g} s") from None
+        if not answer.exists():
+            raise RuntimeError(_failure(program, topology, status, log.read_text(errors="replace")))
+        facts = json.loads(answer.read_text())
+    if "error" in facts:
+        raise ValueError(facts["error"])
+    return facts
+
+
+def _failure(program: str, topology: Topology, status: int, log: str) -> str:
+    if ("libtpu" in log and "not found" in log.lower()) or "No module named 'libtpu'" in log:
+        return 'compiling for a TPU needs the package libtpu: pip install "gigatok_jax[tpu]"'
+    lines = [line for line in log.splitlines() if line.strip()]
+    end = "\n  ".join(lines[-5:])
+    return f"compiling {program} for {topology.name} ended with status {status}:\n  {end}"
+
+
+ADVICE = (
+    "Smaller per device: --config.mesh.fsdp up to the number of chips, a smaller --config.global_batch or a larger "
+    "--config.accumulate, --config.tokenizer.remat=full, a smaller --config.tokenizer.codebook_chunk."
+)
+
+
+def table(rows: list[Mapping[str, Any]]) -> str:
+    """A line per program: memory, projected time and what bounds it."""
+    lines = [("program", "topology", "mesh", "HBM GiB", "of", "fits", "step s", "MFU", "bound", "links MiB")]
+    for row in rows:
+        mesh = "×".join(str(size) for size in row["mesh"].values())
+        memory = f"{row['hbm_gib_per_device']:.2f}", f"{row['hbm_gib_limit']:g}", "yes" if row["fits"] else "no"
+        rest = ("", "", "", "")
+        if "bound" in row:
+            moved = f"{row['collective_bytes_per_step'] / 2**20:.0f}"
+            rest = f"{row['projected_step_seconds']:.4g}", f"{row['projected_mfu']:.0%}", row["bound"], moved
+        lines.append((row["program"], row["topology"], mesh, *memory, *rest))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def misfit(row: Mapping[str, Any]) -> str:
+    """Why a program does not fit: its largest tensors, and what would help."""
+    largest = [
+        f"  {one['size']} {one['shape']} of {one['op'] or 'no named operation'}" for one in row.get("largest", [])
+    ]
+    said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_per_device']:.1f} GiB of "
+    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device. The largest tensors:", *largest, ADVICE])

@@ -1,0 +1,51 @@
+"""From a compiled program's counts to the time that a topology would take: a roofline, a projection and no measurement.
+
+Of one device and step:
+
+    compute  = FLOPs, recomputation included / (devices · peak FLOP/s)
+    memory   = bytes between memory and processor / memory bandwidth
+    links    = bytes that collectives send / half of the links' bandwidth, which counts both directions
+    step     = the longest of the three: each is at its peak, and they overlap wholly
+    MFU      = FLOPs without recomputation / (devices · peak FLOP/s · step)
+
+Real steps take longer: matrix units are rarely full, and collectives wait.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gigatok_jax.scaling.chips import Chip
+
+
+class Projection(NamedTuple):
+    """Seconds of a step by what bounds it; see the module."""
+
+    compute: float
+    memory: float
+    links: float
+    mfu: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: "compute", "memory" or "links"."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def project(facts: Mapping[str, Any], chip: Chip, devices: int) -> Projection:
+    """The roofline of a compiled program on `devices` of a chip.
+
+    Args:
+      facts: "flops" ({"hardware", "model"} over all devices), "traffic" and "collectives" ({kind: {"bytes"}}) of one.
+    """
+    peak = devices * chip.flops
+    parts = {
+        "compute": facts["flops"]["hardware"] / peak,
+        "memory": facts["traffic"] / chip.hbm_bandwidth,
+        "links": sum(kind["bytes"] for kind in facts["collectives"].values()) / (chip.link_bandwidth / 2),
+    }
+    return Projection(**parts, mfu=facts["flops"]["model"] / (peak * max(parts.values())))

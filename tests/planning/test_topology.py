@@ -1,0 +1,106 @@
+"""Plans for TPUs that are not there: the compiler's process, what is made of its answer, and what it is told."""
+
+import json
+
+import jax
+import pytest
+
+from gigatok_jax import plan
+from gigatok_jax.planning import compiling, picture, topology
+from gigatok_jax.scaling.chips import topology as named
+from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
+
+
+def generator_run(global_batch=8):
+    cfg = config_module("ar").get_config("b").copy_and_resolve_references().unlock()
+    cfg.update(global_batch=global_batch, dtype="float32", generator=tiny_generator())
+    return cfg.lock()
+
+
+FULL = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.20G of 15.75G hbm.
+  1. Size: 2.00G
+     Operator: op_name="jit(step_fn)/Tokenizer/decoder/add" source_file="x"
+     Shape: f32[16,256,256,128]{3,2,1,0:T(8,128)}
+  2. Size: 1.00G
+     Shape: bf16[16,256,256,128]{3,2,1,0}
+"""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What is compiled for the eight CPU devices of these tests in place of a topology's."""
+    found = {}
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of these tests
+    tokenizer = tiny_run(**TINIEST, mesh__fsdp=2)
+    for cfg, programs in ((tokenizer, ("train", "encode")), (generator_run(), ("train", "sample"))):
+        for program in programs:
+            request = json.loads(json.dumps({"config": plan.config.to_json(cfg), "program": program}))
+            found[cfg.objective, program] = compiling.answer(request, jax.devices())
+    jax.config.update("jax_disable_most_optimizations", False)
+    return found
+
+
+def test_every_program_is_compiled_and_counted(answers):
+    for (_, program), facts in answers.items():
+        assert facts["fits"] and facts["program"] == program and facts["memory"]["peak"] > 0
+        assert facts["traffic"] > 0 and facts["flops"]["hardware"] >= facts["flops"]["model"] > 0
+        assert json.loads(json.dumps(facts)) == facts
+    networks = answers["tokenizer", "train"]["flops"]["networks"]
+    assert {"Tokenizer/encoder", "Tokenizer/decoder", "PatchGAN"} <= set(networks)
+    assert sum(networks.values()) == answers["tokenizer", "train"]["flops"]["hardware"]
+
+
+def test_a_row_projects_and_is_drawn(answers, monkeypatch):
+    cfg = tiny_run(mesh__fsdp=2)
+    monkeypatch.setattr(topology, "compiled", lambda *args: answers["tokenizer", "train"])
+    row = topology.plan(cfg, named("v5e:2x4"), "train")
+    assert row["fits"] and row["hbm_gib_limit"] == 16 and row["chips"] == 8
+    assert row["projected_step_seconds"] == max(row["projected_seconds"].values())
+    assert row["chip_hours"] == pytest.approx(row["projected_step_seconds"] * cfg.num_steps * 8 / 3600)
+    assert "train    v5e:2x4   4×2×1" in topology.table([row])
+    assert picture.picture([row]).size[0] > 500
+
+
+def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers):
+    needs = compiling.out_of_memory(FULL)
+    assert needs["largest"][0] == {
+        "size": "2.00G",
+        "op": "jit(step_fn)/Tokenizer/decoder/add",
+        "shape": "f32[16,256,256,128]",
+    }
+    assert compiling.out_of_memory("INTERNAL: something else") is None
+    mesh = {"mesh": {"data": 4, "fsdp": 2, "tensor": 1}, "program": "train"}
+    monkeypatch.setattr(topology, "compiled", lambda *args: {**needs, **mesh})
+    row = topology.plan(tiny_run(), named("v5e:2x4"), "train")
+    assert not row["fits"] and row["hbm_gib_limit"] == 15.75
+    said = topology.misfit(row)
+    assert "does not fit v5e:2x4: 21.2 GiB of 15.8" in said and "f32[16,256,256,128]" in said and "fsdp" in said
+    small = {**answers["tokenizer", "train"], "memory": {**needs["memory"], "temporaries": 0}}
+    monkeypatch.setattr(topology, "compiled", lambda *args: small)
+    assert not topology.plan(tiny_run(), named("v5e:2x4"), "train")["fits"]
+
+
+def test_bad_requests_are_one_error(monkeypatch):
+    with pytest.raises(ValueError, match="only TPUs are compiled for"):
+        topology.plan(tiny_run(), named("h100:8"), "train")
+    with pytest.raises(ValueError, match=r"'fsdp' is no AXIS=SIZE"):
+        plan.with_mesh(tiny_run(), ["fsdp"])
+    with pytest.raises(ValueError, match="this config has no sample"):
+        plan.plan_topologies(tiny_run(), ["v5e:2x2"], ["sample"])
+    assert plan.with_mesh(tiny_run(), ["fsdp=4"]).mesh.to_dict() == {"data": -1, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.tpu
+def test_a_tiny_generator_is_compiled_for_a_tpu():
+    pytest.importorskip("libtpu")
+    cfg = plan.with_mesh(generator_run(), ["fsdp=4"])
+    row = topology.plan(cfg, named("v5e:2x2"), "train")
+    assert row["fits"] and row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert row["collectives"]["all-gather"]["count"] > 0
+
+
+@pytest.mark.tpu
+def test_a_config_that_cannot_run_there_is_refused():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="does not divide over"):
+        topology.plan(generator_run(3), named("v5e:2x2"), "train")
