@@ -16,11 +16,11 @@ def tiny_tokenizer(folder, seed=0, **changes):
     return _saved(folder, "tokenizer", section, seed)
 
 
-def tiny_writer(folder, tokenizer, seed=1, **changes):
+def tiny_writer(folder, tokenizer, seed=1, class_names=CLASSES, **changes):
     """The loaded bundle of a generator of the tokenizer's ids."""
     sizes = {name: tokenizer.section[name] for name in ("codebook_size", "num_latent_tokens")}
     section = tiny_generator(**{**sizes, "num_classes": len(CLASSES), "dropout": 0.3, **changes}).to_dict()
-    return _saved(folder, "generator", section, seed, tokenizer=tokenizer.facts(), class_names=CLASSES)
+    return _saved(folder, "generator", section, seed, tokenizer=tokenizer.facts(), class_names=class_names)
 
 
 def _saved(folder, kind, section, seed, **facts):

@@ -1,12 +1,13 @@
-"""A tiny train step on any mesh, for the tests that compare steps."""
+"""A tiny train step on any mesh, for the tests that compare steps; and whole runs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gigatok_jax import objectives, optim, sharding, train_state, train_step
+from gigatok_jax import objectives, optim, run, sharding, train_state, train_step
 from gigatok_jax.nn.constrain import placing
+from gigatok_jax.preemption import StopSignal
 from gigatok_jax.train_step import make_train_step
 from tests.tiny import tiny_run
 
@@ -84,6 +85,20 @@ def full_step(layout, cfg, objective, networks=None):
     batch = sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
     compiled = jax.jit(step).lower(state, networks or {}, batch).compile()
     return jax.device_get(compiled(state, networks or {}, batch)), compiled.as_text()
+
+
+def train(cfg, workdir, until=None):
+    """Trains to the end, or to `until` by giving up the rest; returns the finished run."""
+    with StopSignal() as stop:
+        one = run.Run(cfg, workdir)
+        if until is not None:
+            stop.agreed = lambda step: step + 1 == until
+        left = one.train(stop)
+        one.finish(1.0)
+    # A signal to the tests is taken for the run's own, and stops it: what is compared would differ for that alone.
+    assert not stop.requested, "SIGTERM or Ctrl-C came while this run trained, which is what stopped it"
+    assert left == (until is not None), f"the run ended at step {int(one.state.step)} of {cfg.num_steps}"
+    return one
 
 
 def assert_same_leaves(got, want, rtol):

@@ -14,11 +14,10 @@ from gigatok_jax.data.records import Record
 from gigatok_jax.data.views import Views
 from gigatok_jax.evals.likelihood import unigram_entropy
 from gigatok_jax.hub import bundle, sections
-from gigatok_jax.preemption import StopSignal
 from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
 from tests.compare import assert_close_tree
-from tests.steps import MESHES, ONE
+from tests.steps import MESHES, ONE, train
 from tests.tiny import config_module, tiny_generator, tiny_run
 
 K, V = 8, 64  # of tiny_run's tokenizer, which these ids could be of
@@ -42,7 +41,7 @@ class Numbers:
         return Record(np.full((8, 8, 3), index % 7, np.uint8), index % 2, str(index))
 
 
-def write_ids(folder, count, tokenizer_hash="ab"):
+def write_ids(folder, count, tokenizer_hash="ab" * 32):
     """A set of ids: picture n counts up from 7·class + n mod 7."""
 
     def encode(images):
@@ -72,17 +71,6 @@ def ids(tmp_path_factory):
     write_ids(root / "train", 40)
     write_ids(root / "eval", 11)
     return root
-
-
-def train(cfg, workdir, until=None):
-    """Trains to the end, or to `until` by giving up the rest."""
-    with StopSignal() as stop:
-        one = run.Run(cfg, workdir)
-        if until is not None:
-            stop.agreed = lambda step: step + 1 == until
-        one.train(stop)
-        one.finish(1.0)
-    return one
 
 
 def test_learns_resumes_to_the_bit_and_reports(ids, tmp_path):
@@ -162,7 +150,7 @@ def test_every_large_parameter_of_a_generator_is_sharded(ids):
 
 
 def test_ids_of_another_tokenizer_or_size_are_refused(ids, tmp_path):
-    write_ids(tmp_path / "eval", 11, tokenizer_hash="cd")
+    write_ids(tmp_path / "eval", 11, tokenizer_hash="cd" * 32)
     cfg = ar_run(ids).copy_and_resolve_references().unlock()
     cfg.data.eval_root = str(tmp_path / "eval")
     with pytest.raises(ValueError, match="encoded with another tokenizer"):

@@ -12,10 +12,9 @@ from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.views import Views
 from gigatok_jax.hub import bundle, frozen, keymap, sections
 from gigatok_jax.objectives.ar import ARObjective
-from gigatok_jax.preemption import StopSignal
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
-from tests.steps import MESHES, ONE
+from tests.steps import MESHES, ONE, train
 from tests.tiny import tiny_generator, tiny_run
 
 K, V, SIZE = 8, 64, 8  # of tiny_run's tokenizer
@@ -79,17 +78,6 @@ def on_pictures(root, **changes):
             node = node[part]
         node[name] = value
     return cfg.lock()
-
-
-def train(cfg, workdir, until=None):
-    """Trains to the end, or to `until` by giving up the rest."""
-    with StopSignal() as stop:
-        one = run.Run(cfg, workdir)
-        if until is not None:
-            stop.agreed = lambda step: step + 1 == until
-        one.train(stop)
-        one.finish(1.0)
-    return one
 
 
 @pytest.fixture(scope="module")

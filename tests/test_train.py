@@ -17,6 +17,7 @@ from gigatok_jax.checkpoint import Checkpointer, CheckpointMismatch
 from gigatok_jax.config import to_json
 from gigatok_jax.metrics import read_metrics
 from gigatok_jax.preemption import StopSignal
+from tests import steps
 from tests.tiny import ROOT, tiny_run
 
 # Both phase changes (auxiliary path off at 3, discriminator on at 5) lie inside the eight steps.
@@ -197,10 +198,7 @@ def test_a_folder_with_broken_images_trains_through(tmp_path):
     Image.new("RGB", (1, 1)).save(root / "class1" / "one.png")
     cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=5, **NO_GAN)
     cfg.mesh.update(data=1, fsdp=8)
-    with StopSignal() as stop:
-        one = run.Run(cfg, tmp_path / "run")
-        one.train(stop)
-        one.finish(1.0)
+    one = steps.train(cfg, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["bad_records"]) == {*broken, "class1/one.png"}
     assert report["num_steps"] == 5
@@ -245,10 +243,7 @@ def test_other_images_under_the_same_root_are_refused_on_resume(tmp_path):
     for index in range(4):
         Image.new("RGB", (16, 16), (60 * index, 30, 200)).save(root / f"{index}.png")
     cfg = tiny_run(data__source="folder", data__root=str(root), data__crop="adm", num_steps=1, **NO_GAN)
-    with StopSignal() as stop:
-        one = run.Run(cfg, tmp_path / "run")
-        one.train(stop)
-        one.finish(1.0)
+    steps.train(cfg, tmp_path / "run")
     (root / "0.png").rename(root / "9.png")
     with pytest.raises(CheckpointMismatch, match=r"trained on 4 images .* has 4 .*--allow_config_change"):
         run.Run(cfg, tmp_path / "run")

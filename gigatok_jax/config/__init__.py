@@ -5,7 +5,7 @@ fills the differences, and returns the locked result. `validate` is what every e
 given.
 """
 
-from gigatok_jax.config.checks import check_mesh, to_json, validate
+from gigatok_jax.config.checks import check_fields, check_mesh, to_json, validate
 from gigatok_jax.config.defaults import (
     GPT_SIZES,
     STAGES,
@@ -27,6 +27,7 @@ __all__ = [
     "ar",
     "ar_generator",
     "base",
+    "check_fields",
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",

@@ -18,24 +18,52 @@ BOUNDS: dict[str, tuple[float, float]] = {
                      "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
     **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
-                     for size in ("width", "depth", "heads", "conv_blocks")), (1, INF)),
-    **dict.fromkeys((f"tokenizer.{name}" for name in ("image_size", "num_latent_tokens", "features", "conv_base",
-                     "conv_multipliers", "norm_groups", "codebook_size", "code_dim", "codebook_chunk", "unroll",
-                     "distill_layer")), (1, INF)),
-    **dict.fromkeys(("discriminator.base_channels", "discriminator.num_layers"), (1, INF)),
+                     for size in ("width", "depth", "heads")), (1, INF)),
+    # What is built one by one ends somewhere.
+    **dict.fromkeys(("tokenizer.encoder_conv_blocks", "tokenizer.decoder_conv_blocks", "discriminator.num_layers",
+                     "discriminator.num_heads"), (1, 100)),
+    **dict.fromkeys((f"tokenizer.{name}" for name in ("features", "conv_base", "conv_multipliers", "norm_groups",
+                     "codebook_size", "code_dim", "codebook_chunk", "unroll", "distill_layer")), (1, INF)),
+    # Tables are made of these.
+    "tokenizer.image_size": (1, 4096),
+    **dict.fromkeys(("tokenizer.num_latent_tokens", "generator.num_latent_tokens"), (1, 65_536)),
+    **dict.fromkeys(("discriminator.base_channels", "discriminator.width"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{name}" for name in ("kernel_gain", "position_std", "teacher_dim")), (0, INF)),
     **dict.fromkeys((f"groups.*.{name}" for name in ("learning_rate", "end_learning_rate", "warmup_steps", "eps",
                      "weight_decay", "clip")), (0, INF)),
     **dict.fromkeys((f"generator.{name}" for name in ("width", "depth", "heads", "hidden_multiple", "codebook_size",
-                     "num_latent_tokens", "num_classes", "unroll")), (1, INF)),
+                     "num_classes", "unroll")), (1, INF)),
     **dict.fromkeys(("generator.class_dropout", "generator.dropout"), (0, 1)),
     **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
 }  # fmt: skip
-
 SEMANTIC_TEACHERS = (
     *(f"dinov2-{size}{kind}" for kind in ("", "-reg") for size in "sblg"),
     *("siglip-so400m", "dfn-clip-l", "vgg16"),
 )
+# What is one of a few names.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("tokenizer", "ar"),
+    "dtype": ("float32", "bfloat16"),
+    "schedule": ("cosine", "constant", "wsd"),
+    "loss.pixel": ("l1", "l2"),
+    "loss.perceptual_network": ("vgg16", "alexnet"),
+    "loss.semantic_teacher": SEMANTIC_TEACHERS,
+    "frozen.dtype": ("float32", "bfloat16"),
+    "eval.lpips": ("", "vgg16", "alexnet"),
+    "loss.adversarial": ("hinge", "non_saturating"),
+    "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
+    "data.crop": ("adm", "scale", "center"),
+    "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
+    "tokenizer.attention": ("xla", "cudnn"),
+    "discriminator.name": ("none", "patchgan", "dino"),
+    "discriminator.remat": ("none", "full", "dots"),
+    "tokenizer.estimator": ("rotation", "straight_through"),
+    "tokenizer.layout": ("1d", "2d"),
+    "tokenizer.layer_2d": ("vit", "qformer"),
+    "tokenizer.remat": ("none", "full", "dots"),
+    "generator.attention": ("xla", "cudnn"),
+    "generator.remat": ("none", "full", "dots"),
+}
 
 
 def to_json(cfg: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -50,14 +78,7 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
     Raises:
       ValueError: naming the field, its value and the mend.
     """
-    for field, (low, high) in BOUNDS.items():
-        for value in _values(cfg, field):
-            if isinstance(value, str) or not low <= value <= high:
-                raise ValueError(
-                    f"config.{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
-                )
-    if "tokenizer" in cfg and not cfg.tokenizer.conv_multipliers:
-        raise ValueError("config.tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
+    check_fields(cfg, "config.")
     if cfg.global_batch % cfg.accumulate:
         raise ValueError(f"config.global_batch={cfg.global_batch} does not divide into accumulate={cfg.accumulate}")
     if cfg.eval.get("fid") and not cfg.data.eval_source:
@@ -68,33 +89,28 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         check_mesh(cfg, num_devices)
     if "generator" in cfg:
         _check_ids(cfg)
-    choices = {
-        "objective": ("tokenizer", "ar"),
-        "dtype": ("float32", "bfloat16"),
-        "schedule": ("cosine", "constant", "wsd"),
-        "loss.pixel": ("l1", "l2"),
-        "loss.perceptual_network": ("vgg16", "alexnet"),
-        "loss.semantic_teacher": SEMANTIC_TEACHERS,
-        "frozen.dtype": ("float32", "bfloat16"),
-        "eval.lpips": ("", "vgg16", "alexnet"),
-        "loss.adversarial": ("hinge", "non_saturating"),
-        "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
-        "data.crop": ("adm", "scale", "center"),
-        "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
-        "tokenizer.attention": ("xla", "cudnn"),
-        "discriminator.name": ("none", "patchgan", "dino"),
-        "discriminator.remat": ("none", "full", "dots"),
-        "tokenizer.estimator": ("rotation", "straight_through"),
-        "tokenizer.layout": ("1d", "2d"),
-        "tokenizer.layer_2d": ("vit", "qformer"),
-        "tokenizer.remat": ("none", "full", "dots"),
-        "generator.attention": ("xla", "cudnn"),
-        "generator.remat": ("none", "full", "dots"),
-    }
-    for field, allowed in choices.items():
+
+
+def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
+    """Compares every field of the sections that are there with its bounds or its choices.
+
+    Args:
+      where: what stands before a field's name in an error.
+    Raises:
+      ValueError: naming the field, its value and what it may be.
+    """
+    for field, (low, high) in BOUNDS.items():
+        for value in _values(cfg, field):
+            if isinstance(value, str) or not low <= value <= high:
+                raise ValueError(
+                    f"{where}{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
+                )
+    if "tokenizer" in cfg and not cfg["tokenizer"]["conv_multipliers"]:
+        raise ValueError(f"{where}tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
+    for field, allowed in CHOICES.items():
         for value in _values(cfg, field):
             if value not in allowed:
-                raise ValueError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"{where}{field}={value!r} is not one of {', '.join(allowed)}")
 
 
 def _check_ids(cfg: ConfigDict) -> None:
@@ -110,7 +126,7 @@ def _check_ids(cfg: ConfigDict) -> None:
             )
 
 
-def _values(cfg: ConfigDict, field: str) -> list[Any]:
+def _values(cfg: ConfigDict | Mapping[str, Any], field: str) -> list[Any]:
     """What stands at a dotted field: one value, those of every group for "groups.*.x", those of a tuple.
 
     None where this kind of config has no such section, or has less in it.

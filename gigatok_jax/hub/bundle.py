@@ -5,9 +5,9 @@ Nothing is unpickled, and nothing outside the folder is read.
 """
 
 import contextlib
-import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +16,13 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gigatok_jax.hub import content as contents
 from gigatok_jax.hub import keymap
-from gigatok_jax.hub.sections import RUN_ONLY, build_model, checked_section, parameter_shapes
+from gigatok_jax.hub.sections import build_model, parameter_shapes
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
-SCHEMA = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FIELDS = ("schema", "kind", "section", "class_names", "tokenizer", "provenance", "weights_sha256", "hash")
-MAX_CONFIG_BYTES = 16 * 2**20
 
 
 class Bundle(NamedTuple):
@@ -33,7 +31,8 @@ class Bundle(NamedTuple):
     kind: "tokenizer", "generator" or "discriminator".   section: the config section of that name.
     params: nested numpy arrays; of a discriminator by collection, running statistics and spectral vectors too.
     class_names: of the data trained on.   tokenizer: of a generator, what wrote its ids ("hash" and sizes), else None.
-    provenance: resolved config, step, versions, for people.   hash: names section and weights.
+    hash: names all of these.   provenance: resolved config, step, versions, for people.
+    folder: where its files are; None where it was made in memory.
     """
 
     kind: str
@@ -43,6 +42,7 @@ class Bundle(NamedTuple):
     tokenizer: dict[str, Any] | None
     provenance: dict[str, Any]
     hash: str
+    folder: Path | None = None
 
     def model(self, dtype: str = "float32") -> Any:
         """The network that the parameters are of."""
@@ -81,20 +81,23 @@ def save(
       ValueError: a section that cannot be built, or a parameter of another shape.
       OSError: the folder cannot be written.
     """
-    section = checked_section(kind, json.loads(json.dumps(dict(section))), "the config")
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = write_streamed(folder / WEIGHTS, parameter_shapes(kind, section), read, on_tensor)
     content = {
-        "schema": SCHEMA,
+        "schema": contents.SCHEMA,
         "kind": kind,
-        "section": section,
+        "section": dict(section),
         "class_names": list(class_names),
         "tokenizer": None if tokenizer is None else dict(tokenizer),
         "provenance": dict(provenance or {}),
-        "weights_sha256": weights,
-        "hash": _hash(kind, section, weights),
+        **dict.fromkeys(("weights_sha256", "hash"), "0" * 64),  # until they are known
     }
+    content = json.loads(json.dumps(content))
+    contents.check(content, "the config")
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    content["weights_sha256"] = write_streamed(
+        folder / WEIGHTS, parameter_shapes(kind, content["section"]), read, on_tensor
+    )
+    content["hash"] = contents.digest(content)
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / CONFIG)
@@ -114,11 +117,11 @@ def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...
       ValueError: the folder does not hold what a bundle holds, it is damaged, or is of another kind.
       ImportError: "hf://" without the package huggingface_hub.
     """
-    with stored(path, kind) as (content, leaves):
+    folder, _ = open_config(path, kind)
+    with stored(folder) as (content, leaves):
         read = {name: leaf[:] for name, leaf in leaves.items() if parts is None or name.split("/")[0] in parts}
-    kept = (content[name] for name in ("tokenizer", "provenance", "hash"))
-    params = keymap.unflatten(read)
-    return Bundle(content["kind"], content["section"], params, tuple(content["class_names"]), *kept)
+    kept = {name: content[name] for name in ("kind", "section", "tokenizer", "provenance", "hash")}
+    return Bundle(**kept, params=keymap.unflatten(read), class_names=tuple(content["class_names"]), folder=folder)
 
 
 class Leaf(NamedTuple):
@@ -135,17 +138,37 @@ class Leaf(NamedTuple):
 def stored(path: str | os.PathLike, kind: str | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Leaf]]]:
     """A checked bundle (what `config.json` holds, its parameters by path) of which nothing is in memory; see `load`."""
     folder, content = open_config(path, kind)
-    section = content["section"]
     weights = _inside(folder, WEIGHTS)
-    digest = sha256(weights)
-    if digest != content["weights_sha256"] or content["hash"] != _hash(content["kind"], section, digest):
+    if (found := sha256(weights)) != content["weights_sha256"]:
         raise ValueError(
-            f"{weights} or {CONFIG} beside it has changed since it was exported (SHA-256 {digest[:12]}…, "
-            f"{content['weights_sha256'][:12]}… is written down): copy or export the bundle again"
+            f"{weights} has changed since it was exported (SHA-256 {found[:12]}…, {content['weights_sha256'][:12]}… is "
+            "written down): copy or export the bundle again"
         )
+    try:
+        shapes = parameter_shapes(content["kind"], content["section"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     with contextlib.ExitStack() as stack:
-        leaves = _open_weights(weights, parameter_shapes(content["kind"], section), stack)
-        yield content, leaves
+        yield content, _open_weights(weights, shapes, stack)
+
+
+def copy(folder: Path, out: str | os.PathLike, digest: str) -> None:
+    """Copies the files of the bundle in `folder`, which is read through once to see that it still has this hash.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, and where it is another one by now.
+      OSError: `out` cannot be written.
+    """
+    with stored(folder) as (content, _):
+        if content["hash"] != digest:
+            raise ValueError(
+                f"{folder} holds another bundle by now ({content['hash'][:12]}…, loaded was {digest[:12]}…)"
+            )
+    out = Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, CONFIG):  # the config last: without it there is no bundle
+        shutil.copyfile(folder / name, out / (name + ".partial"))
+        os.replace(out / (name + ".partial"), out / name)
 
 
 def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -155,8 +178,7 @@ def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path,
       FileNotFoundError, ValueError, ImportError: as `load`.
     """
     folder = _downloaded(str(path)) if str(path).startswith("hf://") else Path(path).expanduser()
-    content = _read_config(folder)
-    checked_section(content["kind"], content["section"], str(folder / CONFIG))
+    content = contents.read(_inside(folder, CONFIG))
     if kind is not None and content["kind"] != kind:
         raise ValueError(f"{folder} is a bundle of a {content['kind']}, a {kind} is wanted")
     return folder, content
@@ -177,11 +199,6 @@ def check_pair(generator: Bundle, tokenizer_hash: str) -> None:
         )
 
 
-def _hash(kind: str, section: Mapping[str, Any], weights: str) -> str:
-    computed = {name: value for name, value in section.items() if name not in RUN_ONLY}
-    return hashlib.sha256(json.dumps([kind, computed, weights], sort_keys=True).encode()).hexdigest()
-
-
 def _inside(folder: Path, name: str) -> Path:
     """A file of a bundle; raises where it is missing or lies, by a link, outside of it."""
     path = folder / name
@@ -195,32 +212,21 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = _inside(folder, CONFIG)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: this is no bundle's config")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict) or (wrong := sorted(content.keys() ^ set(FIELDS))):
-        wrong = wrong if isinstance(content, dict) else ["it is no JSON object"]
-        raise ValueError(f"{path} has unknown or missing fields: {', '.join(wrong)}")
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} has form {content['schema']}, this version reads form {SCHEMA}")
-    return content
-
-
 def _open_weights(
     path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], stack: contextlib.ExitStack
 ) -> dict[str, Leaf]:
-    """The parameters, after every name, shape and dtype was compared."""
+    """The parameters, after every name, shape and dtype was compared; metadata, which nothing reads, is refused."""
     try:
         file = stack.enter_context(safe_open(path, framework="np"))
+        noted = file.metadata()
         slices = {name: file.get_slice(name) for name in list(file.keys())}
         stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; copy or export the bundle again") from None
+    if noted:
+        raise ValueError(
+            f"{path} has metadata ({', '.join(sorted(noted))}), a bundle's weights have none: export it again"
+        )
     wanted = {name: (leaf.shape, "F32") for name, leaf in shapes.items()}
     wrong = sorted({name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)})
     if wrong:

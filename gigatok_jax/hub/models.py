@@ -125,7 +125,7 @@ def convert(
     """
     with tempfile.TemporaryDirectory() as folder:
         write(name, state, Path(folder), fields, **facts)
-        return bundle.load(folder)
+        return bundle.load(folder)._replace(folder=None)
 
 
 def convert_files(

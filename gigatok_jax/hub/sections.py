@@ -1,6 +1,7 @@
 """The config sections that a bundle may have: their fields, and the networks they name."""
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
 }
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
 JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 
 
@@ -40,7 +42,20 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of a section's parameters, in the order they are stored in."""
+    """{path: shape and dtype} of a section's parameters, in the order they are stored in.
+
+    Raises:
+      ValueError: for sizes that do not go together.
+    """
+    try:
+        return _shapes(kind, section)
+    except Exception as error:  # sizes that do not go together fail anywhere in a network, in any way
+        told = (str(error).splitlines() or [""])[0]
+        named = told if isinstance(error, ValueError) else f"{type(error).__name__}: {told}"
+        raise ValueError(f"no {kind} can be built of this section: {named}") from error
+
+
+def _shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     model = build_model(kind, section)
     # Shapes alone: sizes that nobody has checked yet must not take memory.
     if kind == "generator":
@@ -54,16 +69,16 @@ def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.Sha
 
 
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
-    """A section with every field of its family and no other, of the right types.
+    """A section with every field of its family and no other, of the right types, in its bounds.
 
     Raises:
       ValueError: naming the field.
     """
-    if kind not in SECTIONS or not isinstance(section, dict) or section.get("family") not in SECTIONS[kind]:
+    family = section.get("family") if isinstance(section, dict) else section
+    if kind not in SECTIONS or not isinstance(family, str) or family not in SECTIONS[kind]:
         known = ", ".join(f"{kind} {family}" for kind, families in SECTIONS.items() for family in families)
-        family = section.get("family") if isinstance(section, dict) else section
-        raise ValueError(f"{where}: {kind!r} of family {family!r} is not one of {known}")
-    default = json.loads(SECTIONS[kind][section["family"]]().to_json())
+        raise ValueError(f"{where}: {kind!r} of family {reprlib.repr(family)} is not one of {known}")
+    default = json.loads(SECTIONS[kind][family]().to_json())
     if wrong := sorted(section.keys() ^ default.keys()):
         raise ValueError(f"{where}: the {kind} section has unknown or missing fields: {', '.join(wrong)}")
     for name, value in section.items():
@@ -71,5 +86,12 @@ def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
         numbers = wanted is float and type(value) in (int, float)
         lists = wanted is list and isinstance(value, list) and all(type(x) is int for x in value)
         if not (numbers or lists or (wanted is not list and type(value) is wanted)):
-            raise ValueError(f"{where}: {name}={value!r} should be a {wanted.__name__}, as {default[name]!r} is")
+            raise ValueError(
+                f"{where}: {name}={reprlib.repr(value)} should be a {wanted.__name__}, as {default[name]!r} is"
+            )
+    config.check_fields({kind: section}, f"{where}: ")
+    if section.get("layout") == "1d":
+        cells = (section["image_size"] // 2 ** (len(section["conv_multipliers"]) - 1)) ** 2
+        if cells * section["num_latent_tokens"] > MAX_POOLING:
+            raise ValueError(f"{where}: {section['num_latent_tokens']} latent tokens of {cells} cells are too many")
     return section

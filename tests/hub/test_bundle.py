@@ -1,5 +1,6 @@
 """Bundles: what is written is what is read, anything else is refused before it does anything."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,10 @@ import gigatok_jax
 from gigatok_jax import config, export, optim, sharding, train_state
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, keymap, sections
+from gigatok_jax.hub import content as contents
+from gigatok_jax.hub.tensors import sha256
 from gigatok_jax.sampling.pipelines import GeneratorPipeline
+from tests.probes import tiny_tokenizer, tiny_writer
 from tests.steps import tiny_objective
 from tests.tiny import tiny_generator
 
@@ -110,11 +114,14 @@ def test_wrong_input_is_named(exported, method, given, words):
         getattr(gigatok_jax.from_pretrained(exported), method)(given)
 
 
-def edit(folder, change):
-    """Rewrites config.json after `change(content)`."""
+def edit(folder, change, rehash=False):
+    """Rewrites config.json after `change(content)`; `rehash` as someone would who knows how the hash is made."""
     path = folder / bundle.CONFIG
     content = json.loads(path.read_text())
     change(content)
+    if rehash:
+        with contextlib.suppress(TypeError, AttributeError):
+            content["hash"] = contents.digest(content)
     path.write_text(json.dumps(content))
 
 
@@ -127,11 +134,12 @@ def link_out(folder, name):
 def write_header(folder, header, size=None):
     text = json.dumps(header).encode()
     (folder / bundle.WEIGHTS).write_bytes((size or len(text)).to_bytes(8, "little") + text + b"\0" * 64)
-    digest = bundle.sha256(folder / bundle.WEIGHTS)
-    hashed = lambda c: c.update(  # noqa: E731
-        weights_sha256=digest, hash=bundle._hash(c["kind"], c["section"], digest)
-    )
-    edit(folder, hashed)
+    edit(folder, lambda c: c.update(weights_sha256=sha256(folder / bundle.WEIGHTS)), rehash=True)
+
+
+def write_metadata(folder, metadata):
+    save_file(load_file(folder / bundle.WEIGHTS), folder / bundle.WEIGHTS, metadata)
+    edit(folder, lambda c: c.update(weights_sha256=sha256(folder / bundle.WEIGHTS)), rehash=True)
 
 
 F32 = {"dtype": "F32", "shape": [4]}
@@ -148,7 +156,9 @@ DAMAGE = {
     "type": (lambda f: edit(f, lambda c: c["section"].update(code_dim="8")), "code_dim='8' should be a int"),
     "other sizes": (lambda f: edit(f, lambda c: c["section"].update(code_dim=5)), "has changed since it was exported"),
     "schema": (lambda f: edit(f, lambda c: c.update(schema=9)), "form 9"),
+    "class names": (lambda f: edit(f, lambda c: c.update(class_names=["dog", "cat"])), "has changed since it was exp"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "is damaged"),
+    "deep json": (lambda f: (f / "config.json").write_text("[" * 200_000), "is damaged"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
     "flipped byte": (lambda f: flip(f / bundle.WEIGHTS), "has changed since it was exported"),
     "cut": (lambda f: os.truncate(f / bundle.WEIGHTS, 1000), "has changed since it was exported"),
@@ -158,6 +168,7 @@ DAMAGE = {
         lambda f: write_header(f, {"a": {**F32, "data_offsets": [0, 16]}, "b": {**F32, "data_offsets": [8, 24]}}),
         "cannot be read",
     ),
+    "metadata": (lambda f: write_metadata(f, {"target": "os.system"}), r"has metadata \(target\)"),
     "another model": (lambda f: write_header(f, {"../x": {**F32, "data_offsets": [0, 16]}}), "cannot be read|does not"),
     "linked weights": (lambda f: link_out(f, bundle.WEIGHTS), "is a link to"),
     "linked config": (lambda f: link_out(f, bundle.CONFIG), "is a link to"),
@@ -180,12 +191,102 @@ def test_what_is_no_bundle_is_refused(folder, damage):
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A folder with a tokenizer's and a generator's bundle."""
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_writer(folder / "generator", tiny_tokenizer(folder / "tokenizer"))
+    return folder
+
+
+SIZES = {"codebook_size": 64, "num_latent_tokens": 8, "image_size": 8}
+SECTIONS = [
+    ("generator", {"heads": 0}, r"generator\.heads=0 must be at least 1"),
+    ("generator", {"width": -32}, r"generator\.width=-32"),
+    ("generator", {"hidden_multiple": 0}, "hidden_multiple=0"),
+    ("generator", {"unroll": 0}, "unroll=0"),
+    ("generator", {"dropout": 2.0}, "at least 0 and at most 1"),
+    ("generator", {"dropout": float("nan")}, "at least 0 and at most 1"),
+    ("generator", {"remat": "x"}, "is not one of none, full, dots"),
+    ("generator", {"positions": "x"}, "is not one of learned, rope_2d"),
+    ("generator", {"width": 10**400}, "no generator can be built of this section: OverflowError"),
+    ("generator", {"family": ["ar"]}, "of family .'ar'. is not one of"),
+    ("generator", {"codebook_size": 32}, "codebook_size is 64 of the tokenizer, 32 of the section"),
+    ("tokenizer", {"norm_groups": 0}, "norm_groups=0"),
+    ("tokenizer", {"norm_groups": 7}, "norm_groups=7"),
+    ("tokenizer", {"conv_multipliers": []}, "conv_multipliers is empty"),
+    ("tokenizer", {"codebook_chunk": 0}, "codebook_chunk=0"),
+    ("tokenizer", {"layer_2d": "x"}, "is not one of vit, qformer"),
+    ("tokenizer", {"num_latent_tokens": 65_536, "image_size": 4096}, "65536 latent tokens of 4194304 cells are too"),
+]
+FIELDS = [
+    ("generator", {"kind": ["generator"]}, "kind should be a string"),
+    ("generator", {"section": None}, "of family None is not one of"),
+    ("generator", {"weights_sha256": None}, "weights_sha256 should be a SHA-256"),
+    ("generator", {"hash": "../x"}, "hash should be a SHA-256"),
+    ("generator", {"provenance": 1}, "provenance should be an object"),
+    ("generator", {"class_names": None}, "class_names should be a list of strings"),
+    ("generator", {"class_names": "abc"}, "class_names should be a list of strings"),
+    ("generator", {"class_names": ["a"] * 5}, "5 class_names, but the section has 3 classes"),
+    ("generator", {"tokenizer": {}}, "tokenizer should be null, or"),
+    ("generator", {"tokenizer": {"hash": "ab" * 32, **SIZES, "image_size": "8"}}, "tokenizer should be null, or"),
+    ("tokenizer", {"tokenizer": {"hash": "ab" * 32, **SIZES}}, "a tokenizer reads no ids"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [*((name, {"section": changes}, words) for name, changes, words in SECTIONS), *FIELDS],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_field_out_of_its_bounds_is_named(pair, tmp_path, name, changes, words):
+    folder = shutil.copytree(pair / name, tmp_path / name)
+
+    def change(content):
+        section = {**content["section"], **changes["section"]} if changes.get("section") else changes.get("section")
+        content.update(changes, section=section) if "section" in changes else content.update(changes)
+
+    edit(folder, change, rehash="hash" not in changes)
+    with pytest.raises(ValueError, match=words) as caught:
+        bundle.load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_is_under_the_hash_before_the_weights_are_looked_at(pair, tmp_path):
+    for field, value in (("class_names", []), ("tokenizer", {"hash": "ff" * 32, **SIZES})):
+        folder = shutil.copytree(pair / "generator", tmp_path / field)
+        (folder / bundle.WEIGHTS).unlink()
+        bundle.open_config(folder)
+        edit(folder, lambda c: c.update({field: value}))  # noqa: B023 (called at once)
+        with pytest.raises(ValueError, match="has changed since it was exported"):
+            bundle.open_config(folder)
+
+
+def test_a_bundle_whose_hash_leaves_out_names_and_tokenizer_is_still_read(pair, tmp_path):
+    folder = shutil.copytree(pair / "generator", tmp_path / "old")
+    edit(folder, lambda c: c.update(schema=1), rehash=True)
+    old = bundle.load(folder)
+    assert old.hash != bundle.load(pair / "generator").hash
+    edit(folder, lambda c: c.update(class_names=[]))
+    assert bundle.load(folder).hash == old.hash
+    edit(folder, lambda c: c.update(weights_sha256="0" * 64))
+    with pytest.raises(ValueError, match="has changed since it was exported"):
+        bundle.load(folder)
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    section = tiny_generator().to_dict()
+    for options, words in (({"class_names": ("a",) * 6}, "6 class_names"), ({"tokenizer": {"hash": "ab"}}, "null, or")):
+        with pytest.raises(ValueError, match=words):
+            bundle.save(tmp_path / "out", "generator", section, None, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_of_another_model_are_refused(folder):
     state = load_file(folder / bundle.WEIGHTS)
     state["bottleneck/codebook"] = state["bottleneck/codebook"][:-1]
     save_file(state, folder / bundle.WEIGHTS)
-    digest = bundle.sha256(folder / bundle.WEIGHTS)
-    edit(folder, lambda c: c.update(weights_sha256=digest, hash=bundle._hash(c["kind"], c["section"], digest)))
+    edit(folder, lambda c: c.update(weights_sha256=sha256(folder / bundle.WEIGHTS)), rehash=True)
     with pytest.raises(ValueError, match="1 differ, such as bottleneck/codebook"):
         bundle.load(folder)
 
@@ -214,7 +315,7 @@ def test_a_generator_samples_from_its_bundle(tmp_path):
     shapes = sections.parameter_shapes("generator", section)
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
-    facts = {"hash": "ab", "codebook_size": 16, "num_latent_tokens": 16, "image_size": 16}
+    facts = {"hash": "ab" * 32, "codebook_size": 16, "num_latent_tokens": 16, "image_size": 16}
     bundle.save(tmp_path, "generator", section, arrays.__getitem__, tokenizer=facts, class_names=("a", "b"))
     generator = gigatok_jax.from_pretrained(tmp_path)
     assert generator.bundle.tokenizer == facts
