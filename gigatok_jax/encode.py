@@ -93,7 +93,8 @@ def define_flags() -> None:
 def run() -> dict[str, Any]:
     """What the flags ask for; returns the summary that `main` prints."""
     mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
-    tokenizer = TokenizerPipeline(bundle.load(FLAGS.bundle, "tokenizer"), dtype=FLAGS.dtype, mesh=mesh)
+    loaded = bundle.load(FLAGS.bundle, "tokenizer", bundle.FIRST_STAGE)
+    tokenizer = TokenizerPipeline(loaded, dtype=FLAGS.dtype, mesh=mesh)
     size = tokenizer.model.image_size
     source = data.make_source(FLAGS.source, root=FLAGS.root or None, split=FLAGS.split)
     root = os.path.realpath(os.path.expanduser(FLAGS.root))

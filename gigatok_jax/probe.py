@@ -95,7 +95,7 @@ def ar_val_loss(out: Path) -> dict[str, Any]:
         bundle.check_pair(generator, source.tokenizer["hash"])
         parts: Iterable[likelihood.Part] = [likelihood.stored_ids(source, count, bad)]
     else:
-        tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer"), mesh=mesh)
+        tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer", bundle.FIRST_STAGE), mesh=mesh)
         bundle.check_pair(generator, tokenizer.bundle.hash)
         options = {"image_size": tokenizer.model.image_size, "batch": FLAGS.batch}
         parts = _shown(

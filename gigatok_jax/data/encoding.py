@@ -4,6 +4,7 @@ Shard k is written by process k mod P alone and stands on its own, with a note b
 does not depend on when it is written, by how many processes, or after how many attempts.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -169,33 +170,44 @@ def _encoded(
 
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * max(num_threads, 1))
     looked = grain.MapDataset.range(span.start, span.stop).map(look).to_iter_dataset(reading)
-    waiting: list[Record] = []  # whose views lie in `images`, the first ones' ids already in `ids`
-    images, ids = np.zeros((0,), np.uint8), np.zeros((0,), np.int32)
+    waiting: collections.deque[Record] = collections.deque()  # whose views lie in `images`, or already in `ids`
+    images: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+
+    def run(flush: bool) -> None:
+        """Encodes what fills whole batches, or all there is."""
+        nonlocal images
+        if sum(map(len, images)) < (1 if flush else batch):
+            return
+        # Joined once a batch, not once a picture: a large batch would be copied as often as it has pictures.
+        rows = np.concatenate(images)
+        stop = len(rows) if flush else len(rows) // batch * batch
+        for start in range(0, stop, batch):
+            some = rows[start : start + batch]
+            if lacking := batch - len(some):
+                some = np.concatenate([some, np.repeat(some[-1:], lacking, axis=0)])
+            ids.append(np.asarray(encode(some))[: batch - lacking])
+        images = [rows[stop:]]
 
     def ready() -> Iterator[TokenRecord]:
         nonlocal ids
-        while waiting and len(ids) >= views.count:
-            record = waiting.pop(0)
-            yield TokenRecord(ids[: views.count], record.label, record.name, record.caption)
-            ids = ids[views.count :]
-
-    def run(rows: np.ndarray) -> None:
-        nonlocal ids
-        filled = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
-        new = np.asarray(encode(filled))[: len(rows)]
-        ids = np.concatenate([ids, new]) if len(ids) else new
+        if sum(map(len, ids)) < views.count:
+            return
+        rows, first = np.concatenate(ids), 0
+        while len(rows) - first >= views.count:
+            record = waiting.popleft()
+            yield TokenRecord(rows[first : first + views.count], record.label, record.name, record.caption)
+            first += views.count
+        ids = [rows[first:]]
 
     for done, found in enumerate(looked, 1):
         if isinstance(found, BadRecord):
             dropped[found.name] = found.reason
         else:
-            images = np.concatenate([images, found[0]]) if len(images) else found[0]
+            images.append(found[0])
             waiting.append(found[1]._replace(image=None))
-        while len(images) >= batch:
-            run(images[:batch])
-            images = images[batch:]
+        run(flush=False)
         yield from ready()
         on_progress(done)
-    if len(images):
-        run(images)
+    run(flush=True)
     yield from ready()

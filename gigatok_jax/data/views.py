@@ -40,6 +40,10 @@ class Views(NamedTuple):
             raise ValueError(
                 f"num_views={self.num_views}: at least 1, and 1 for crop={self.crop!r}, whose views are fixed"
             )
+        if self.flip and self.crop == "ten_crop":
+            raise ValueError("flip: half of crop='ten_crop' are mirror images already, leave it out")
+        if self.permute_channels and fixed:
+            raise ValueError(f"permute_channels is of random crops, adm and scale: crop={self.crop!r} is none")
         if self.crop_range < 1 or self.image_size < 1:
             raise ValueError(f"crop_range={self.crop_range} and image_size={self.image_size} must be at least 1")
 

@@ -23,6 +23,10 @@ from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FIRST_STAGE = (
+    "encoder",
+    "bottleneck",
+)  # a tokenizer's parts that make ids: who needs no images leaves the rest on disk
 
 
 class Bundle(NamedTuple):

@@ -15,8 +15,6 @@ from gigatok_jax import objectives, sharding
 from gigatok_jax.hub import bundle, teachers
 from gigatok_jax.hub.tensors import sha256
 
-FIRST_STAGE = ("encoder", "bottleneck")  # what makes ids; its decoder stays on disk
-
 
 def resolved(cfg: ConfigDict) -> ConfigDict:
     """The config with the section of its first stage, which its bundle holds, if it has one.
@@ -66,7 +64,7 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     if roles:
         found = load(roles, cfg["frozen"], grid=objectives.latent_grid(cfg), mesh=mesh, preset=preset)
     if objectives.has_first_stage(cfg):
-        stage = bundle.load(cfg["first_stage"]["bundle"], "tokenizer", FIRST_STAGE)
+        stage = bundle.load(cfg["first_stage"]["bundle"], "tokenizer", bundle.FIRST_STAGE)
         found |= place({"first_stage": stage.params}, mesh, preset)
     return found
 

@@ -1,11 +1,21 @@
 """Shards of ids: the same records however often, and by however many processes, they were written."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from gigatok_jax.data import ArrayRecordSet, BadRecord, Record, TokenElement, TokenSet, TrainLoader, make_source
+from gigatok_jax.data import (
+    ArrayRecordSet,
+    BadRecord,
+    Record,
+    TokenElement,
+    TokenSet,
+    TrainLoader,
+    encoding,
+    make_source,
+)
 from gigatok_jax.data.encoding import encode_shards, finish
 from gigatok_jax.data.tokens import TokenRecord, from_bytes, to_bytes
 from gigatok_jax.data.transforms import adm_center_crop
@@ -97,6 +107,19 @@ def test_killed_at_any_moment_the_union_is_one_clean_run(tmp_path):
     assert content(tmp_path / "killed") == content(tmp_path / "clean")
 
 
+def test_a_picture_is_copied_a_few_times_whatever_the_batch(tmp_path, monkeypatch):
+    copied = []
+
+    def concatenate(arrays, **options):
+        joined = np.concatenate(arrays, **options)
+        copied.append(len(joined))
+        return joined
+
+    monkeypatch.setattr(encoding, "np", SimpleNamespace(**{**vars(np), "concatenate": concatenate}))
+    encode(tmp_path, Pictures(60), lambda images: images[:, :2, 0, 0], Views(8), batch=32, shard_records=60)
+    assert sum(copied) <= 5 * 60  # joined, the last batch filled up, and the same again as ids
+
+
 def test_processes_share_out_the_shards(tmp_path):
     encode(tmp_path / "one")
     for process in (2, 0, 1):
@@ -134,6 +157,9 @@ def test_a_damaged_shard_is_written_again(tmp_path):
         ({"batch": 0}, "must be at least 1"),
         ({"views": Views(8, "middle")}, "is not one of ten_crop, adm, scale, center"),
         ({"views": Views(8, "center", num_views=2)}, "whose views are fixed"),
+        ({"views": Views(8, "ten_crop", flip=True)}, "flip: half of crop='ten_crop' are mirror images already"),
+        ({"views": Views(8, "ten_crop", permute_channels=True)}, "permute_channels is of random crops, adm and scale"),
+        ({"views": Views(8, "center", permute_channels=True)}, "permute_channels is of random crops, adm and scale"),
     ],
 )
 def test_what_cannot_be_gone_on_with(tmp_path, options, words):
