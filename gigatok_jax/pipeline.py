@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from gigatok_jax import data, program, stages
+from gigatok_jax import config, data, program, stages
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.evals.page import write_page
@@ -38,6 +38,7 @@ def run(cfg: ConfigDict, folder: Path) -> Path:
     """
     planned = stages.plan(cfg.to_dict(), folder)
     check_finished(folder)
+    check_generator(planned)
     notes = stages.run(planned, folder / stages.NOTES)
     return write_reports(folder, planned, {name: note["seconds"] for name, note in notes.items()})
 
@@ -51,6 +52,23 @@ def check_finished(folder: Path) -> None:
     steps, wanted = json.loads(report.read_text())["num_steps"], json.loads(config.read_text())["num_steps"]
     if steps < wanted:
         raise ValueError(f"the run in {folder} is at step {steps} of {wanted}: let it go on to its end, {train}")
+
+
+def check_generator(planned: Sequence[stages.Stage]) -> None:
+    """Raises ValueError or OSError, before hours have gone into other stages, where the generator cannot be trained."""
+    arguments = next(stage.arguments for stage in planned if stage.name == "train_generator")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(arguments))
+    try:
+        values(arguments, known_only=True)
+    except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"the generator's config cannot be read: {program.told(error)}") from error
+    config.validate(values.config)
+    if not values.config.data.eval_source:
+        raise ValueError(
+            "the generator's config has no data.eval_source, and the page shows its loss on held-out ids: set "
+            'cfg.data.eval_source = "tokens" there'
+        )
 
 
 def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[str, float]) -> Path:

@@ -1,6 +1,7 @@
 """How every entry point starts: whatever is wrong with its flags or config file becomes one error."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +10,25 @@ from absl import app, flags
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Reads the flags, which runs a config file, and calls `main`; exits with one line where that cannot be read."""
-    app.run(main, flags_parser=_parse)
+    """Reads the flags, which runs a config file, and calls `main`; exits with one line where that cannot be read.
+
+    Ctrl-C ends it with status 130 and one line.
+    """
+    try:
+        app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command does the rest", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {_told(error)}; --help names the flags")
+        sys.exit(f"error: {told(error)}; --help names the flags")
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What an error says, without the program text that a failed config file's error quotes."""
     text = str(error)
     if "Traceback" in text:

@@ -23,6 +23,9 @@ from gigatok_jax.metrics import format_duration
 NOTES = "pipeline.json"
 UNFINISHED = 128 + signal.SIGTERM  # status of a training that was told to stop: elsewhere that is a success
 
+# What a stage is sent. It saves at SIGTERM, which is what a terminal that is gone asks for as well.
+FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
+
 
 class StageFailed(RuntimeError):
     """A stage ended before it was whole; `status` is the exit status that the pipeline ends with."""
@@ -37,12 +40,14 @@ class Stage(NamedTuple):
 
     arguments: module and flags, what follows `python -m`.
     reads: files that name its inputs: where they or the command have changed, it is run again.
+    folder: where it writes, and nothing else does.
     writes: files that are there once it is whole.
     """
 
     name: str
     arguments: tuple[str, ...]
     reads: tuple[Path, ...]
+    folder: Path
     writes: tuple[Path, ...]
 
     def line(self, python: str = "python") -> str:
@@ -67,8 +72,8 @@ def plan(cfg: Mapping[str, Any], run: Path) -> list[Stage]:
         raise ValueError("the config's train_generator has no \"config\", the file of the generator's config")
     tokens, training, samples = run / "tokens", run / "generator", run / "samples"
     tokenizer, generator = run / "bundles" / "tokenizer", run / "bundles" / "generator"
-    tokenizer_files, generator_files = ([b / "config.json", b / "model.safetensors"] for b in (tokenizer, generator))
-    train_set, eval_set = tokens / "train" / "dataset.json", tokens / "eval" / "dataset.json"
+    bundle_files = ("config.json", "model.safetensors")
+    made = [tokens / split / "dataset.json" for split in ("train", "eval")]
     generator_config = Path(cfg["train_generator"]["config"].partition(":")[0])
     roots = {"config.data.root": tokens, "config.data.eval_root": tokens, "preemption_code": UNFINISHED}
     paths = {
@@ -79,17 +84,23 @@ def plan(cfg: Mapping[str, Any], run: Path) -> list[Stage]:
         "export_generator": {"checkpoint": training, "bundle": generator},
         "sample": {"generator": generator, "tokenizer": tokenizer, "out": samples},
     }
-    files = {  # (read, written); a run is known by its log
-        "export_tokenizer": ([run / "metrics.jsonl"], tokenizer_files),
-        "encode_train": (tokenizer_files[:1], [train_set]),
-        "encode_eval": (tokenizer_files[:1], [eval_set]),
-        "train_generator": ([generator_config, train_set, eval_set], [training / "report.json"]),
-        "export_generator": ([training / "metrics.jsonl"], generator_files),
-        "sample": ([generator_files[0], tokenizer_files[0]], [samples / "samples.npz"]),
+    files = {  # (read, folder, written there); a run is known by its log
+        "export_tokenizer": ([run / "metrics.jsonl"], tokenizer, bundle_files),
+        "encode_train": ([tokenizer / "config.json"], tokens / "train", ["dataset.json"]),
+        "encode_eval": ([tokenizer / "config.json"], tokens / "eval", ["dataset.json"]),
+        "train_generator": ([generator_config, *made], training, ["report.json"]),
+        "export_generator": ([training / "metrics.jsonl"], generator, bundle_files),
+        "sample": ([generator / "config.json", tokenizer / "config.json"], samples, ["samples.npz"]),
     }
     return [
-        Stage(name, (f"gigatok_jax.{name.partition('_')[0]}", *_flags({**cfg[name], **paths[name]})), *map(tuple, both))
-        for name, both in files.items()
+        Stage(
+            name,
+            (f"gigatok_jax.{name.partition('_')[0]}", *_flags({**cfg[name], **paths[name]})),
+            tuple(reads),
+            folder,
+            tuple(folder / file for file in written),
+        )
+        for name, (reads, folder, written) in files.items()
     ]
 
 
@@ -99,14 +110,16 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 class Running:
-    """Runs commands; SIGTERM and Ctrl-C go on to the one that runs, and are remembered."""
+    """Runs commands; SIGTERM, SIGHUP and Ctrl-C go on to the one that runs, and are remembered."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self.signalled = 0
 
     def __enter__(self) -> "Running":
-        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Under nohup a hang-up is ignored, and stays so.
+        heard = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._forward) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,21 +131,22 @@ class Running:
         # A session of its own: Ctrl-C in a terminal would otherwise arrive twice, from the terminal and from here.
         self._process = subprocess.Popen(command, start_new_session=True)
         if self.signalled:  # while it was starting
-            self._process.send_signal(self.signalled)
+            self._process.send_signal(FORWARDED[self.signalled])
         status = self._process.wait()
         return status if status >= 0 else 128 - status
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled = number
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(FORWARDED[number])
 
 
 def run(stages: Sequence[Stage], notes_path: Path) -> dict[str, dict[str, Any]]:
     """Runs what is not whole yet, in order, and returns the notes of every stage.
 
     Returns:
-      {stage: {"digest", "seconds" over all attempts, "whole"}}.
+      {stage: {"digest", "seconds" over all attempts, "whole", "foreign": whether its folder held what another command
+      or other inputs had made}}.
     Raises:
       StageFailed: a stage failed or was told to stop; those after it were not begun.
     """
@@ -140,25 +154,34 @@ def run(stages: Sequence[Stage], notes_path: Path) -> dict[str, dict[str, Any]]:
     with Running() as running:
         for number, stage in enumerate(stages, 1):
             title, digest = f"[{number}/{len(stages)}] {stage.name}", stage.digest()
-            note = notes.get(stage.name, {"digest": "", "seconds": 0.0, "whole": False})
+            note = notes.get(stage.name, {"digest": "", "seconds": 0.0, "whole": False, "foreign": False})
             same, there = note["digest"] == digest, all(path.is_file() for path in stage.writes)
             if same and there and note["whole"]:
                 print(f"{title}: done before, in {format_duration(note['seconds'])}", flush=True)
                 continue
+            foreign = stage.folder.exists() and (not same or note.get("foreign", False))
             before = note["seconds"] if same or there else 0.0  # it goes on from there
             print(f"{title}\n{stage.line(sys.executable)}", flush=True)
             started = time.monotonic()
             status = running([sys.executable, "-m", *stage.arguments])
             seconds = before + time.monotonic() - started
-            notes[stage.name] = {"digest": digest, "seconds": round(seconds, 1), "whole": status == 0}
+            whole = status == 0
+            facts = {"seconds": round(seconds, 1), "whole": whole, "foreign": foreign and not whole}
+            notes[stage.name] = {"digest": digest, **facts}
             write_json(notes_path, notes)
-            _check(stage, status, running.signalled)
+            _check(stage, status, running.signalled, foreign)
     return notes
 
 
-def _check(stage: Stage, status: int, signalled: int) -> None:
+def _check(stage: Stage, status: int, signalled: int, foreign: bool) -> None:
     """Raises StageFailed unless a stage is whole and the next may begin."""
     if signalled:
         raise StageFailed(f"stopped in stage {stage.name}; the same command goes on from here", 128 + signalled)
     if status:
-        raise StageFailed(f"stage {stage.name} failed with status {status}: {stage.line(sys.executable)}", status)
+        mend = (
+            f"; {stage.folder} holds what another command or other inputs have made: where that is refused above, "
+            f"delete {stage.folder} and give the same command again"
+        )
+        raise StageFailed(
+            f"stage {stage.name} failed with status {status}: {stage.line(sys.executable)}{mend * foreign}", status
+        )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +49,7 @@ def in_this_process(monkeypatch):
             try:
                 module.main([command[2]])
             except SystemExit as end:
-                return int(end.code or 0)
+                return end.code if isinstance(end.code, int) else int(bool(end.code))
         return 0
 
     monkeypatch.setattr(stages.Running, "__call__", call)
@@ -74,6 +76,12 @@ def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
     (folder / "report.json").write_text(before)  # as the training command, given again, leaves it
     assert pipeline.run(cfg, folder) == page and in_this_process == programs
     assert json.loads((folder / "report.json").read_text()) == report
+    cfg.sample.scale = 2.0
+    with pytest.raises(stages.StageFailed, match=f"delete {folder / 'samples'} and give the same command again"):
+        pipeline.run(cfg, folder)
+    shutil.rmtree(folder / "samples")
+    pipeline.run(cfg, folder)
+    assert json.loads((folder / "samples" / "sampling.json").read_text())["scale"] == 2
 
 
 def check_page(text, report):
@@ -87,6 +95,26 @@ def check_page(text, report):
     assert "python -m gigatok_jax.train --config=&lt;tiny&gt;" in re.sub(r"</?span>", "", text)
     for stage in config.STAGES:
         assert f"<b>{stage}</b>" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config.data.eval_source": ""}, "no data.eval_source"),
+        ({"config.num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"config.num_step": 3}, "num_step"),
+        ({"config": "nowhere.py"}, "nowhere.py"),
+    ],
+)
+def test_a_generator_that_cannot_be_trained_is_refused_before_any_stage(tmp_path, in_this_process, change, words):
+    (tmp_path / "config.json").write_text('{"num_steps": 1}')
+    (tmp_path / "report.json").write_text('{"num_steps": 1}')
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    cfg = config.pipeline().to_dict()
+    cfg["train_generator"] = {"config": str(tmp_path / "generator.py"), **change}
+    with pytest.raises((ValueError, OSError), match=words):
+        pipeline.run(SimpleNamespace(to_dict=lambda: cfg), tmp_path)
+    assert in_this_process == []
 
 
 def test_a_run_that_is_not_at_its_end_is_refused(tmp_path):

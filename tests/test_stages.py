@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +22,14 @@ import os, pathlib, signal, sys, time
 name, what = sys.argv[1:]
 with open("ran", "a") as file:
     file.write(name + " ")
-if what == "wait":
+if what.startswith("SIG"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), getattr(signal, what))
     time.sleep(20)
 if what == "fail":
     sys.exit(3)
-pathlib.Path(name).touch()
+pathlib.Path(name).mkdir(exist_ok=True)
+pathlib.Path(name, "whole").touch()
 """
 
 
@@ -78,7 +81,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def stage(name, what="write"):
-    return Stage(name, ("program", name, what), (Path("input"),), (Path(name),))
+    return Stage(name, ("program", name, what), (Path("input"),), Path(name), (Path(name, "whole"),))
 
 
 def ran(planned):
@@ -93,17 +96,40 @@ def test_runs_in_order_and_only_what_is_not_whole(folder, capfd, monkeypatch):
     assert ran(planned) == ["a", "b", "c"]
     assert f"[2/3] b\n{sys.executable} -m program b write\n" in capfd.readouterr().out
     assert ran(planned) == []
-    (folder / "b").unlink()
+    (folder / "b" / "whole").unlink()
     assert ran(planned) == ["b"]
     assert ran([stage("a"), stage("b", "anew"), stage("c")]) == ["b"]
     (folder / "input").write_text("2")
-    (folder / "c").unlink()
+    (folder / "c" / "whole").unlink()
     monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     before = json.loads(Path("notes.json").read_text())
     assert ran(planned) == ["a", "b", "c"]
     after = json.loads(Path("notes.json").read_text())
     assert after["a"]["seconds"] == round(before["a"]["seconds"] + 1, 1), "it goes on from what is there"
     assert after["c"]["seconds"] == 1, "begun anew"
+
+
+def test_a_hang_up_lets_the_stage_save(folder):
+    with pytest.raises(StageFailed, match="stopped in stage a") as caught:
+        ran([stage("a", "SIGHUP")])
+    assert caught.value.status == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stages.Running():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_of_another_command_is_named_where_a_stage_fails(folder):
+    ran([stage("a")])
+    for _ in range(2):
+        with pytest.raises(StageFailed, match=r"a holds what another command.* delete a and give the same command"):
+            ran([stage("a", "fail")])
+    shutil.rmtree("a")
+    with pytest.raises(StageFailed) as caught:
+        ran([stage("a", "fail")])
+    assert "delete" not in str(caught.value)
 
 
 def test_a_stage_that_fails_stops_the_rest_and_is_named(folder):
@@ -116,11 +142,11 @@ def test_a_stage_that_fails_stops_the_rest_and_is_named(folder):
 def test_sigterm_goes_on_to_the_stage_and_ends_the_pipeline(folder, monkeypatch):
     monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     with pytest.raises(StageFailed, match="stopped in stage b; the same command goes on") as caught:
-        ran([stage("a"), stage("b", "wait"), stage("c")])
+        ran([stage("a"), stage("b", "SIGTERM"), stage("c")])
     assert caught.value.status == 143 and Path("ran").read_text().split() == ["a", "b"]
     notes = json.loads(Path("notes.json").read_text())
     assert notes["a"]["whole"] and not notes["b"]["whole"]
     assert notes["b"]["seconds"] == 1
     with pytest.raises(StageFailed):
-        ran([stage("a"), stage("b", "wait"), stage("c")])
+        ran([stage("a"), stage("b", "SIGTERM"), stage("c")])
     assert json.loads(Path("notes.json").read_text())["b"]["seconds"] == 2, "of both attempts"
