@@ -97,7 +97,7 @@ def run() -> dict[str, Any]:
     tokenizer = TokenizerPipeline(loaded, dtype=FLAGS.dtype, mesh=mesh)
     size = tokenizer.model.image_size
     source = data.make_source(FLAGS.source, root=FLAGS.root or None, split=FLAGS.split)
-    root = os.path.realpath(os.path.expanduser(FLAGS.root))
+    root = FLAGS.root and os.path.realpath(os.path.expanduser(FLAGS.root))  # empty: the source's usual place
     made_from = {"source": FLAGS.source, "split": FLAGS.split, "root": root, "dtype": FLAGS.dtype}
     if FLAGS.tiles:
         source, made_from = data.Tiles(source, size, FLAGS.tiles), {**made_from, "tiles": FLAGS.tiles}

@@ -42,6 +42,10 @@ def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str
     with Checkpointer(folder, read_only=True) as checkpoints:
         step, cfg, extra = checkpoints.stored(step)
         kind = "generator" if "generator" in cfg else "tokenizer"
+        if kind not in cfg:
+            raise ValueError(
+                f"{folder} is of no tokenizer and no generator (of a probe?): name a run of gigatok_jax.train"
+            )
         leaves, read = checkpoints.read_leaves(step)
         averaged = any(name.startswith(f"ema.{kind}.") for name in leaves)
         if weights == "ema" and not averaged:

@@ -10,8 +10,8 @@ A probe (GigaTok's "Acc.") is one linear layer over the mean token of the encode
 generator's middle layer, scored on the held-out split after its last step. The published recipe is the default: 90
 passes over the images, 10 of them warm-up. Over ImageNet's 1,281,167 these are 14,075 and 1,563 steps at the authors'
 8,192 images a step, 450,410 and 50,045 at 256. Few images give few steps, and the small ones of LARS then lead
-nowhere: raise --learning_rate with them. Killed and started again with the same command it goes on from its newest
-checkpoint.
+nowhere: raise --learning_rate with them. SIGTERM or Ctrl-C saves and exits, as in training. Started again with the same
+command it goes on from its newest checkpoint.
 
 ar_val_loss (of GigaTok's AR probing) is the mean nats per id of held-out images under the generator, teacher-forced,
 with their true class, centre-cropped; --source=tokens takes stored ids and no tokenizer.
@@ -37,7 +37,9 @@ from gigatok_jax.hub import bundle, frozen
 from gigatok_jax.metrics import Progress
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.probe import KINDS, ProbeObjective
-from gigatok_jax.sampling.pipelines import TokenizerPipeline
+from gigatok_jax.preemption import StopSignal
+from gigatok_jax.sampling.pipelines import MAX_SEED, TokenizerPipeline
+from gigatok_jax.settings import keep
 
 FLAGS = flags.FLAGS
 
@@ -67,12 +69,22 @@ def linear(out: Path) -> dict[str, Any]:
         "images": data.fingerprint(train),
         **recipe._asdict(),
     }
-    _check_settings(out, settings)
     objective = ProbeObjective(features, features.width, len(train.class_names), FLAGS.generator_dropout)
     sources = {"train": train, "held_out": held_out, "num_images": count, "num_threads": FLAGS.num_threads}
     size = tokenizer.section["image_size"]
     probe = linear_probe.LinearProbe(objective, networks, mesh, recipe, image_size=size, out=out, **sources)
-    probe.train()
+    keep(out / "settings.json", settings, "a probe")
+    with StopSignal(preemption_code=FLAGS.preemption_code) as stop:
+        status = 1
+        try:
+            left = probe.train(stop)
+            status = stop.exit_status
+        finally:
+            stop.end_process_if_left_behind(status)
+    if left:
+        step = int(probe.state.step)
+        print(f"stopped at step {step} of {recipe.num_steps}; the same command goes on from there", file=sys.stderr)
+        sys.exit(status)
     scores = probe.score() | {"classes": len(train.class_names), "width": features.width}
     if distributed.is_main():
         print(probe.draw())
@@ -91,6 +103,8 @@ def ar_val_loss(out: Path) -> dict[str, Any]:
             f"{len(names)} that the generator was trained with ({', '.join(names[:3])}, …)"
         )
     count, bad = FLAGS.num_images or len(source), {}
+    if count > len(source):
+        raise ValueError(f"{count} held-out images are asked for, there are {len(source)}: lower --num_images")
     if FLAGS.source == "tokens":
         bundle.check_pair(generator, source.tokenizer["hash"])
         parts: Iterable[likelihood.Part] = [likelihood.stored_ids(source, count, bad)]
@@ -119,14 +133,6 @@ def _recipe(num_images: int) -> linear_probe.Recipe:
     steps = FLAGS.num_steps or linear_probe.published_steps(num_images, FLAGS.batch)
     warmup = steps // linear_probe.WARMUP if FLAGS.warmup_steps is None else FLAGS.warmup_steps
     return linear_probe.Recipe(steps, warmup, FLAGS.batch, FLAGS.learning_rate, FLAGS.seed)
-
-
-def _check_settings(out: Path, asked: dict[str, Any]) -> None:
-    path = out / "settings.json"
-    if path.is_file() and (old := json.loads(path.read_text())) != asked:
-        differing = sorted(name for name in old.keys() | asked.keys() if old.get(name) != asked.get(name))
-        raise ValueError(f"{out} has a probe of another {', '.join(differing)}: give another --out, or delete this one")
-    write_json(path, asked)  # by every process: whole, whichever comes last
 
 
 def _shown(parts: Iterable[likelihood.Part], count: int) -> Iterator[likelihood.Part]:
@@ -159,10 +165,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_steps", None, "Updates of the head; 90 passes over the images by default.", lower_bound=1)
     flags.DEFINE_integer("warmup_steps", None, "Linear warm-up; a ninth of the steps by default.", lower_bound=0)
     flags.DEFINE_float("learning_rate", 0.1, "Peak for a batch of 256, in proportion for others.", lower_bound=0.0)
-    flags.DEFINE_integer("seed", 0, "Of the head, the order of images and their crops.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "Of the head, the order of images and their crops.", lower_bound=0, upper_bound=MAX_SEED
+    )
     flags.DEFINE_bool("generator_dropout", False, "Train under the generator's dropout, as the published code does.")
     flags.DEFINE_integer("num_threads", 8, "Threads that read and decode.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the frozen networks' arithmetic.")
+    flags.DEFINE_integer("preemption_code", 0, "Exit status after SIGTERM, for schedulers that requeue on one.")
     process_flags.define()
 
 

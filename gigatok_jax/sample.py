@@ -26,14 +26,14 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from gigatok_jax import distributed, process_flags, program, sharding
-from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.hub import bundle
 from gigatok_jax.metrics import Progress
 from gigatok_jax.sampling.agreement import agreement
 from gigatok_jax.sampling.guidance import SCHEDULES
-from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
+from gigatok_jax.sampling.pipelines import MAX_SEED, GeneratorPipeline, TokenizerPipeline
 from gigatok_jax.sampling.precision import DTYPES
+from gigatok_jax.settings import keep
 
 SHOWN = 64  # images on the grid at most
 GUIDANCE = ("scale", "schedule", "start", "end", "peak", "interval")
@@ -79,16 +79,12 @@ def sample_images(
       settings: of `GeneratorPipeline.sample`.
       process: (this process' number, how many there are): batch b belongs to process b mod P.
     Raises:
-      ValueError: `out` holds images of other settings.
+      ValueError: settings out of range, or `out` holds images of others.
     """
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    generator.check(labels, **settings)
     asked = {"generator": generator.bundle.hash, "tokenizer": tokenizer.bundle.hash, "dtype": generator.dtype}
-    asked |= {**settings, "labels": labels.tolist()}
-    path = out / "sampling.json"
-    if path.is_file() and (old := json.loads(path.read_text())) != asked:
-        differing = sorted(name for name in old.keys() | asked.keys() if old.get(name) != asked.get(name))
-        raise ValueError(f"{out} has images of another {', '.join(differing)}: give another --out, or delete this one")
-    write_json(path, asked)  # by every process: whole, whichever comes last
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    keep(out / "sampling.json", {**asked, **settings, "labels": labels.tolist()}, "images")
     stream = None if process[0] == 0 else io.StringIO()
     starts = range(process[0] * batch, len(labels), process[1] * batch)
     progress = Progress(len(starts), global_batch=batch, warmup_updates=1, stream=stream)
@@ -113,7 +109,9 @@ def image_path(out: Path, number: int) -> Path:
 
 def collect(out: Path, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
     """Writes `samples.npz` and `grid.png` from the images."""
-    images = np.stack([np.asarray(Image.open(image_path(out, n))) for n in range(len(labels))])
+    images = np.empty((len(labels), *np.asarray(Image.open(image_path(out, 0))).shape), np.uint8)
+    for number in range(len(labels)):
+        images[number] = Image.open(image_path(out, number))
     partial = out / "samples.partial.npz"
     np.savez(partial, arr_0=images, arr_1=labels.astype(np.int64))
     os.replace(partial, out / "samples.npz")
@@ -127,7 +125,7 @@ def compare(
     """The `agreement` of a generator with itself in float32, under the seed and guidance of `settings`."""
     print(f"comparing the ids of {len(labels)} images with float32's", file=sys.stderr)
     line = Progress(-(-len(labels) // batch), global_batch=batch, warmup_updates=1)
-    reference = GeneratorPipeline(generator.bundle, mesh=generator.mesh)
+    reference = GeneratorPipeline(bundle.load(generator.bundle.folder, "generator"), mesh=generator.mesh)
     kept = {name: settings[name] for name in ("seed", *GUIDANCE) if name in settings}
     facts = agreement(reference, generator, labels, batch=batch, on_batch=lambda done, _: line.update(done), **kept)
     line.end_line()
@@ -144,7 +142,7 @@ def define_flags() -> None:
     flags.DEFINE_string("labels", "all", "all, random, or class numbers such as 3,7.")
     flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
-    flags.DEFINE_integer("seed", 0, "Of all images.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of all images.", lower_bound=0, upper_bound=MAX_SEED)
     flags.DEFINE_integer("batch", 16, "Images at once, over a process' devices.", lower_bound=1)
     flags.DEFINE_float("scale", 1.0, "Guidance scale; 1 is none.", lower_bound=1.0)
     flags.DEFINE_enum("schedule", "constant", SCHEDULES, "How the guidance scale goes along a sequence.")

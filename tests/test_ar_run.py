@@ -1,6 +1,7 @@
 """Training of an AR generator by the same loop: ids in, resumed to the bit, scored, exported and sampled from."""
 
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -206,12 +207,39 @@ def test_samples_go_on_with_the_images_that_are_missing(pair, tmp_path):
     with pytest.raises(ValueError, match="of another scale"):
         sample.sample_images(generator, tokenizer, labels, tmp_path, batch=8, settings={**SETTINGS, "scale": 3.0})
     with pytest.raises(ValueError, match="of another dtype"):
-        other = GeneratorPipeline(generator.bundle, dtype="bfloat16")
+        other = GeneratorPipeline(bundle.load(generator.bundle.folder), dtype="bfloat16")
         sample.sample_images(other, tokenizer, labels, tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"top_p": 0.0}, "0 < top_p=0.0 <= 1"),
+        ({"schedule": "step", "start": 1.5}, "start=1.5 <= end"),
+        ({"seed": 2**32}, r"seed=4294967296 is not in 0\.\.4294967295"),
+    ],
+)
+def test_a_setting_out_of_range_leaves_the_folder_free(pair, tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        sample.sample_images(*pair, np.arange(2) % 2, tmp_path / "out", batch=2, settings={**SETTINGS, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_collecting_holds_the_images_once(tmp_path):
+    (tmp_path / "images").mkdir()
+    images = np.arange(200, dtype=np.uint8)[:, None, None, None].repeat(256, 1).repeat(256, 2).repeat(3, 3)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(sample.image_path(tmp_path, number))
+    tracemalloc.start()
+    sample.collect(tmp_path, np.zeros(200, int), ())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["arr_0"], images)
+    assert peak < 1.6 * images.nbytes  # numpy writes by 16 MiB
+
+
 def test_agreement_with_float32_is_of_the_images_that_are_sampled(pair, capfd):
-    generator = GeneratorPipeline(pair[0].bundle, dtype="bfloat16")
+    generator = GeneratorPipeline(bundle.load(pair[0].bundle.folder), dtype="bfloat16")
     labels = sample.labels_of("all", 12, 2, 0)
     settings = {**SETTINGS, "temperature": 0.5, "top_k": 3}
     facts = sample.compare(generator, labels, batch=8, settings=settings)
@@ -222,7 +250,7 @@ def test_agreement_with_float32_is_of_the_images_that_are_sampled(pair, capfd):
 
 def test_a_generator_of_another_tokenizer_is_refused(pair):
     generator, tokenizer = pair
-    other = TokenizerPipeline(tokenizer.bundle._replace(hash="ff" * 32))
+    other = TokenizerPipeline(bundle.load(tokenizer.bundle.folder)._replace(hash="ff" * 32))
     with pytest.raises(ValueError, match="give the bundle that its training ids were encoded with"):
         sample.check_pair(generator, other)
 

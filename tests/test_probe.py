@@ -70,6 +70,25 @@ def test_a_probe_writes_its_scores_and_curves(call, tmp_path):
     assert "another features, layer: give another --out" in call(features="decoder", tokenizer="tokenizer", layer=2)
 
 
+def test_a_probe_that_cannot_be_trained_leaves_its_folder_free(call, tmp_path):
+    assert "must be below num_steps=3" in call(features="encoder", tokenizer="tokenizer", warmup_steps=3)
+    assert not (tmp_path / "out" / "settings.json").exists()
+    assert call(features="encoder", tokenizer="tokenizer")["num_steps"] == 3
+
+
+def test_a_probe_asked_to_stop_says_how_it_goes_on(call, monkeypatch, capsys):
+    made = probe.StopSignal
+
+    def stopped(**options):
+        stop = made(**options)
+        stop.requested = True
+        return stop
+
+    monkeypatch.setattr(probe, "StopSignal", stopped)
+    assert call(features="encoder", tokenizer="tokenizer", preemption_code=42) == "42"
+    assert "stopped at step 0 of 3; the same command goes on from there" in capsys.readouterr().err
+
+
 def test_a_probe_of_a_generator(call):
     facts = call(features="generator", tokenizer="tokenizer", generator="generator", generator_dropout=True)
     assert facts["layer"] == 1 and facts["width"] == 32 and facts["num_steps"] == 3
@@ -101,6 +120,9 @@ def test_loss_of_a_generator_from_pictures_and_from_ids(call, files, tmp_path):
     assert pictures["ar_val_loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
     fewer = call(what="ar_val_loss", generator="generator", tokenizer="tokenizer", num_images=5)
     assert fewer["num_images"] == 5 and fewer["ar_val_loss"] != pictures["ar_val_loss"]
+    for source in ({"source": "tokens", "root": "ids", "eval_root": ""}, {"tokenizer": "tokenizer"}):
+        more = call(what="ar_val_loss", generator="generator", num_images=22, **source)
+        assert "22 held-out images are asked for, there are 21: lower --num_images" in more
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ ten passes of linear warm-up from 0 out of ninety, then half a cosine to 0, ADM'
 its centre crop in scoring.
 """
 
+import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from gigatok_jax.hub.bundle import Bundle
 from gigatok_jax.hub.frozen import place
 from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.probe import Features, ProbeObjective
+from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import compile_step
 
 PASSES = 90  # over the training images, as published
@@ -153,8 +155,8 @@ class LinearProbe:
         args = self.objective, self.groups, recipe.seed, mesh, "replicated"
         self._abstract, self.state = train_state.abstract(*args), train_state.init(*args)
 
-    def train(self) -> None:
-        """Updates the head up to the last step.
+    def train(self, stop: StopSignal) -> bool:
+        """Updates the head up to the last step, or to the step at which a stop was agreed; True if any are left.
 
         Raises:
           RuntimeError: the loss is not finite at many steps in a row, or images cannot be read.
@@ -167,21 +169,32 @@ class LinearProbe:
             writer = metrics.make_writer(self.out, is_main=main, resume_step=start if start else -1)
             options = {"start_step": start, "global_batch": self.recipe.batch, "show": ("loss/probe", "accuracy")}
             progress = metrics.Progress(total, stream=None if main else io.StringIO(), **options)
-            compiled, pending = None, None
-            with self._loader(start) as loader:
-                for step, batch in enumerate(loader, start):
-                    placed = self._placed({name: batch[name] for name in ("image", "label")})
-                    compiled = compiled or self._compiled(placed)
-                    self.state, values = compiled(self.state, self.frozen, placed)
-                    # Read one step late, so that the device never waits for the host.
-                    self._report(pending, writer, progress)
-                    pending = step + 1, values
-                    if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
-                        checkpoints.save(step + 1, self.state, config={})
-                self.bad_records |= loader.bad_records
-            self._report(pending, writer, progress)
-            progress.end_line()
-            writer.close()
+            try:
+                self._loop(start, checkpoints, stop, functools.partial(self._report, writer=writer, progress=progress))
+            except Stopped:  # while it compiled: nothing has happened since the newest checkpoint
+                return True
+            finally:
+                progress.end_line()
+                writer.close()
+        return int(self.state.step) < total
+
+    def _loop(self, start: int, checkpoints: Checkpointer, stop: StopSignal, report: Callable[..., None]) -> None:
+        compiled, pending = None, None
+        with self._loader(start) as loader:
+            for step, batch in enumerate(loader, start):
+                placed = self._placed({name: batch[name] for name in ("image", "label")})
+                compiled = compiled or stop.during(functools.partial(self._compiled, placed))
+                self.state, values = compiled(self.state, self.frozen, placed)
+                # Read one step late, so that the device never waits for the host.
+                report(pending)
+                pending = step + 1, values
+                stopped = stop.agreed(step)
+                if stopped or (step + 1) % SAVE_EVERY == 0 or step + 1 == self.recipe.num_steps:
+                    checkpoints.save(step + 1, self.state, config={})
+                if stopped:
+                    break
+            self.bad_records |= loader.bad_records
+        report(pending)
 
     def score(self) -> dict[str, float]:
         """{"top1", "top5", "majority", "num_images"}: shares of the held-out images.

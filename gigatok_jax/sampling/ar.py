@@ -69,16 +69,18 @@ def follow(
     params: Any,
     class_B: jax.Array,
     keys_B: jax.Array,
-    scales: np.ndarray,
+    scales: np.ndarray | jax.Array,
     ids_BK: jax.Array,
     draw: Draw = PLAIN,
     dtype: Any = jnp.float32,
+    guided: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What `generate` would draw at each position after the given ids before it, and the given ids' log p in nats.
 
     Both (B, K). p is the guided distribution before temperature and filters. Arguments as of `generate`.
     """
-    return _positions(model, params, class_B, keys_B, scales, draw, dtype, num_guided(scales), ids_BK)
+    guided = num_guided(scales) if guided is None else guided
+    return _positions(model, params, class_B, keys_B, scales, draw, dtype, guided, ids_BK)
 
 
 def image_keys(seed: jax.Array, number_B: jax.Array) -> jax.Array:

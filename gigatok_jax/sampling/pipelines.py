@@ -13,10 +13,13 @@ from jax.sharding import Mesh
 from gigatok_jax import sharding
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import frozen
-from gigatok_jax.hub.bundle import Bundle, load
+from gigatok_jax.hub.bundle import Bundle, copy, load
 from gigatok_jax.nn.constrain import placing
 from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance, precision
+
+MAX_SEED = 2**32 - 1
+ROUNDING = 1e-3  # by which floats may leave [0, 1]
 
 
 def from_pretrained(
@@ -40,22 +43,33 @@ def from_pretrained(
 
 
 class _Pipeline:
-    """A bundle's network with its parameters on a mesh; programs are compiled once per batch shape."""
+    """A bundle's network with its parameters on a mesh; programs are compiled once per batch shape.
+
+    bundle: without its parameters, which are not held a second time on the host.
+    """
 
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
         if dtype not in self.dtypes:
             raise ValueError(f"dtype={dtype!r}: a {bundle.kind} runs in one of {', '.join(self.dtypes)}")
-        self.bundle, self.dtype = bundle, dtype
+        self.dtype = dtype
         self.model = bundle.model(precision.arithmetic(dtype).name)
         self.mesh = mesh or sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
         # By the name of its group, as in training: the table's rules know a generator by it.
         self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
+        self.bundle = bundle._replace(params={})
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes the bundle that it was made from; raises OSError where the folder cannot be written."""
-        self.bundle.save(folder)
+        """Copies the bundle that it was made from.
+
+        Raises:
+          ValueError: it is not there any more as it was, or was never in a folder.
+          OSError: `folder` cannot be written.
+        """
+        if self.bundle.folder is None:
+            raise ValueError("this pipeline was made from a bundle in memory: use that bundle's own `save`")
+        copy(self.bundle.folder, folder, self.bundle.hash)
 
     def _placed(self, rows: np.ndarray) -> tuple[jax.Array, int]:
         """(rows over the devices, filled up with copies of the last one; how many are real)."""
@@ -79,13 +93,17 @@ class TokenizerPipeline(_Pipeline):
         """(B, S, S, 3) images, uint8 or float in [0, 1], → (B, K) int32 ids.
 
         Raises:
-          ValueError: for images of another form or size.
+          ValueError: for images of another form, size or range.
         """
         images, size = np.asarray(images), self.model.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
             raise ValueError(f"images are {list(images.shape)}, this tokenizer takes [B, {size}, {size}, 3]: crop them")
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images are {images.dtype}; uint8, or float in [0, 1], is wanted")
+        if images.dtype != np.uint8 and not (images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING):
+            raise ValueError(
+                f"images lie in {images.min():.4g}..{images.max():.4g}; floats in [0, 1], or uint8, are wanted"
+            )
         placed, count = self._placed(images if images.dtype == np.uint8 else 2 * images.astype(np.float32) - 1)
         return np.asarray(self._encode(self.params, placed))[:count]
 
@@ -152,13 +170,39 @@ class GeneratorPipeline(_Pipeline):
           scale, schedule, guidance_options: see `sampling.guidance.scales`.
           temperature, top_k, top_p: see `sampling.ar.Draw`.
         Raises:
-          ValueError: for a label, scale or filter out of range.
+          ValueError: for a label, seed, scale or filter out of range.
         """
+        options = {"seed": seed, "scale": scale, "schedule": schedule, **guidance_options}
+        draw, scales = self.check(labels, temperature=temperature, top_k=top_k, top_p=top_p, **options)
+        placed, count = self._numbered(labels, first)
+        sampler = self._sampler(draw, ar.num_guided(scales))
+        return np.asarray(sampler(self.params, *placed, np.uint32(seed), scales))[:count]
+
+    def check(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int = 0,
+        scale: float = 1.0,
+        schedule: str = "constant",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        **guidance_options: Any,
+    ) -> tuple[ar.Draw, np.ndarray]:
+        """How ids are drawn and the guidance scale of each, (K,) float32; arguments and errors are `sample`'s."""
+        labels, classes = np.asarray(labels), self.model.num_classes
+        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; a list of integers is wanted")
+        if labels.min() < 0 or labels.max() > classes:
+            raise ValueError(
+                f"labels lie in {labels.min()}..{labels.max()}, this generator's classes in 0..{classes - 1}"
+            )
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed={seed} is not in 0..{MAX_SEED}")
         draw = ar.Draw(float(temperature), int(top_k), float(top_p))
         draw.check(self.model.codebook_size)
-        scales = guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
-        placed, count = self._numbered(labels, first)
-        return np.asarray(self._sampler(draw, scales.tobytes())(self.params, *placed, np.uint32(seed)))[:count]
+        return draw, guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
 
     def follow(
         self,
@@ -178,37 +222,32 @@ class GeneratorPipeline(_Pipeline):
         Args:
           ids: (B, K) ids of these labels.   Others: as of `sample`.
         """
-        scales = guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
+        _, scales = self.check(labels, seed=seed, scale=scale, schedule=schedule, **guidance_options)
         placed, count = self._numbered(labels, first)
         ids, _ = self._placed(np.asarray(ids, np.int32))
-        drawn, log_p = self._follower(scales.tobytes())(self.params, *placed, np.uint32(seed), ids)
+        follower = self._follower(ar.num_guided(scales))
+        drawn, log_p = follower(self.params, *placed, np.uint32(seed), scales, ids)
         return np.asarray(drawn)[:count], np.asarray(log_p)[:count]
 
     def _numbered(self, labels: Any, first: int) -> tuple[tuple[jax.Array, jax.Array], int]:
         """((labels, image numbers) over the devices, how many are real)."""
-        labels, classes = np.asarray(labels), self.model.num_classes
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; a list of integers is wanted")
-        if labels.min() < 0 or labels.max() > classes:
-            raise ValueError(
-                f"labels lie in {labels.min()}..{labels.max()}, this generator's classes in 0..{classes - 1}"
-            )
         numbers = np.arange(first, first + len(labels), dtype=np.int32)
-        (placed, count), (numbers, _) = self._placed(labels.astype(np.int32)), self._placed(numbers)
+        (placed, count), (numbers, _) = self._placed(np.asarray(labels, np.int32)), self._placed(numbers)
         return (placed, numbers), count
 
+    # By how many ids are guided, not by how much: a search over scales runs one program.
     @functools.cache  # noqa: B019 (a pipeline and its programs live as long as each other)
-    def _sampler(self, draw: ar.Draw, scales: bytes) -> Any:
-        def sample(params: Any, class_B: jax.Array, number_B: jax.Array, seed: jax.Array) -> jax.Array:
-            keys_B, by_position = ar.image_keys(seed, number_B), np.frombuffer(scales, np.float32)
-            return ar.generate(self.model, params, class_B, keys_B, by_position, draw, self.dtype)
+    def _sampler(self, draw: ar.Draw, guided: int) -> Any:
+        def sample(params: Any, class_B: Any, number_B: jax.Array, seed: jax.Array, scales_K: jax.Array) -> jax.Array:
+            keys_B = ar.image_keys(seed, number_B)
+            return ar.generate(self.model, params, class_B, keys_B, scales_K, draw, self.dtype, guided)
 
         return self._jit(sample)
 
     @functools.cache  # noqa: B019
-    def _follower(self, scales: bytes) -> Any:
-        def follow(params: Any, class_B: jax.Array, number_B: jax.Array, seed: jax.Array, ids_BK: jax.Array) -> Any:
-            keys_B, by_position = ar.image_keys(seed, number_B), np.frombuffer(scales, np.float32)
-            return ar.follow(self.model, params, class_B, keys_B, by_position, ids_BK, dtype=self.dtype)
+    def _follower(self, guided: int) -> Any:
+        def follow(params: Any, class_B: Any, number_B: Any, seed: Any, scales_K: Any, ids_BK: jax.Array) -> Any:
+            keys_B = ar.image_keys(seed, number_B)
+            return ar.follow(self.model, params, class_B, keys_B, scales_K, ids_BK, dtype=self.dtype, guided=guided)
 
         return self._jit(follow)

@@ -1,5 +1,8 @@
 """Linear probes: what they read, what they can learn, and that devices and restarts change nothing."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from gigatok_jax import sharding
 from gigatok_jax.evals import linear_probe
 from gigatok_jax.evals.linear_probe import LinearProbe, Recipe, check_sources, features_of
 from gigatok_jax.objectives.probe import ProbeHead, ProbeObjective
+from gigatok_jax.preemption import StopSignal
 from tests.probes import CLASSES, Colours, tiny_tokenizer, tiny_writer
 
 
@@ -135,7 +139,7 @@ def test_a_separable_feature_is_learnt_whole_and_shuffled_labels_are_not(tmp_pat
     scores = {}
     for name, labels in (("true", None), ("shuffled", rng.integers(0, 3, 90))):
         probe = coloured(tmp_path / name, Colours(90, 0, labels), Colours(75, 1, labels))
-        probe.train()
+        probe.train(StopSignal())
         scores[name] = probe.score()
         assert probe.draw().is_file()
     assert scores["true"] == {"top1": 1.0, "top5": 1.0, "majority": pytest.approx(1 / 3), "num_images": 75}
@@ -148,24 +152,48 @@ def test_interrupted_it_goes_on_to_the_same_head(tmp_path, monkeypatch):
     monkeypatch.setattr(linear_probe, "SAVE_EVERY", 3)
     sources = Colours(40, 0), Colours(12, 1)
     whole = coloured(tmp_path / "whole", *sources, num_steps=8)
-    whole.train()
+    whole.train(StopSignal())
     parts = coloured(tmp_path / "parts", *sources, num_steps=8)
     report = parts._report
 
-    def killed(pending, *rest):
-        report(pending, *rest)
+    def killed(pending, **rest):
+        report(pending, **rest)
         if pending and pending[0] == 5:
             raise KeyboardInterrupt
 
     parts._report = killed
     with pytest.raises(KeyboardInterrupt):
-        parts.train()
+        parts.train(StopSignal())
     parts = coloured(tmp_path / "parts", *sources, num_steps=8)
-    parts.train()
+    parts.train(StopSignal())
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts.state), jax.device_get(whole.state))
     again = coloured(tmp_path / "parts", *sources, num_steps=8)
-    again.train()  # nothing is left to do
+    again.train(StopSignal())  # nothing is left to do
     assert int(again.state.step) == 8 and again.score() == whole.score()
+
+
+def test_asked_to_stop_it_saves_and_goes_on_to_the_same_head(tmp_path):
+    sources = Colours(40, 0), Colours(12, 1)
+    whole = coloured(tmp_path / "whole", *sources, num_steps=8)
+    assert not whole.train(StopSignal())
+    parts = coloured(tmp_path / "parts", *sources, num_steps=8)
+    report = parts._report
+
+    def signalled(pending, **rest):
+        report(pending, **rest)
+        if pending and pending[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    parts._report = signalled
+    with StopSignal() as stop:
+        assert parts.train(stop)
+    assert int(parts.state.step) == 4
+    parts = coloured(tmp_path / "parts", *sources, num_steps=8)
+    assert not parts.train(StopSignal())
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts.state), jax.device_get(whole.state))
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert coloured(tmp_path / "none", *sources, num_steps=8).train(stop)
 
 
 @pytest.mark.parametrize(("kind", "dropout"), [("decoder", False), ("generator", True)])
@@ -179,7 +207,7 @@ def test_eight_devices_train_the_head_of_one(pair, tmp_path, kind, dropout):
         recipe = Recipe(4, 1, 16, learning_rate=20.0)
         probe = LinearProbe(objective, frozen, mesh, recipe, image_size=8, out=tmp_path / str(count), **sources)
         first = jax.device_get((probe.state.params, probe.state.state))
-        probe.train()
+        probe.train(StopSignal())
         results.append((jax.device_get((probe.state.params, probe.state.state)), probe.score()))
     (one, score), (eight, score_of_eight) = results
     for a, b, start in zip(*map(jax.tree.leaves, (eight, one, first)), strict=True):
@@ -211,4 +239,4 @@ def test_features_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
     probe = coloured(tmp_path, Colours(30, 0), Colours(12, 1), num_steps=9)
     probe.frozen = {"scale": jnp.float32(np.nan)}
     with pytest.raises(RuntimeError, match="not finite in 3 steps in a row"):
-        probe.train()
+        probe.train(StopSignal())

@@ -320,7 +320,7 @@ def test_a_generator_samples_from_its_bundle(tmp_path):
     generator = gigatok_jax.from_pretrained(tmp_path)
     assert generator.bundle.tokenizer == facts
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
-    head = GeneratorPipeline(generator.bundle, mesh=mesh).params["head"]["kernel"]
+    head = GeneratorPipeline(bundle.load(tmp_path), mesh=mesh).params["head"]["kernel"]
     assert not head.sharding.is_fully_replicated
     whole = generator.sample([1, 2, 0, 4, 1, 1, 2, 3], seed=3, scale=2.0)
     np.testing.assert_array_equal(generator.sample([4, 1, 1], seed=3, scale=2.0, first=3), whole[3:6])
@@ -328,6 +328,39 @@ def test_a_generator_samples_from_its_bundle(tmp_path):
     for options, words in (({"labels": [9]}, "classes in 0..4"), ({"labels": [0], "top_k": 99}, "top_k=99")):
         with pytest.raises(ValueError, match=words):
             generator.sample(**options)
+
+
+def test_a_pipeline_keeps_no_second_copy_and_saves_the_files_it_was_made_from(pair, tmp_path):
+    folder = shutil.copytree(pair / "generator", tmp_path / "generator")
+    generator = gigatok_jax.from_pretrained(folder, dtype="bfloat16")
+    assert generator.bundle.params == {}
+    generator.save_pretrained(tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [bundle.CONFIG, bundle.WEIGHTS]
+    assert bundle.load(tmp_path / "copy").hash == generator.bundle.hash
+    memory = GeneratorPipeline(bundle.load(folder)._replace(folder=None))
+    with pytest.raises(ValueError, match="made from a bundle in memory"):
+        memory.save_pretrained(tmp_path / "none")
+    edit(folder, lambda c: c.update(class_names=[]), rehash=True)
+    with pytest.raises(ValueError, match="holds another bundle by now"):
+        generator.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("images", [np.nan, 255.0, -1.0], ids=str)
+def test_floats_out_of_their_range_are_refused(pair, images):
+    tokenizer = gigatok_jax.from_pretrained(pair / "tokenizer")
+    given = np.full((1, 8, 8, 3), 0.5, np.float32)
+    tokenizer.tokenize(given)
+    given[0, 0, 0, 0] = images
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], or uint8, are wanted"):
+        tokenizer.tokenize(given)
+
+
+def test_a_probes_folder_is_no_run_to_export(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"x": jnp.zeros(1)}, config={})
+    with pytest.raises(ValueError, match=r"of no tokenizer and no generator .of a probe\?."):
+        export.export(tmp_path, tmp_path / "out")
 
 
 def test_a_failed_export_leaves_nothing_behind(run, tmp_path, monkeypatch):

@@ -78,6 +78,6 @@ def test_programs_hold_no_weights_and_are_of_every_platform(tokenizer):
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
         assert exported.platforms == stablehlo.PLATFORMS
         assert longest_constant(exported) < 1500  # the pooling that starts the queries is 1100
-    weights = from_pretrained(tokenizer).bundle.params["bottleneck"]["codebook"]
+    weights = bundle.load(tokenizer).params["bottleneck"]["codebook"]
     baked = jax.export.export(jax.jit(lambda ids: jax.numpy.asarray(weights)[ids]))(jax.ShapeDtypeStruct((2,), "int32"))
     assert longest_constant(baked) > 2000  # as a program would that held its codebook

@@ -6,6 +6,7 @@ import pytest
 
 from gigatok_jax import sharding
 from gigatok_jax.hub import bundle
+from gigatok_jax.sampling import ar
 from gigatok_jax.sampling.pipelines import GeneratorPipeline
 from tests.tiny import tiny_generator
 
@@ -44,6 +45,19 @@ def test_an_image_depends_on_seed_number_and_label_alone(made, dtype):
         many = on(made, MESHES[name], dtype)
         np.testing.assert_array_equal(many.sample(LABELS, **SETTINGS), whole, err_msg=name)
     assert (one.sample(LABELS, **{**SETTINGS, "seed": 4}) != whole).any(1).all()
+
+
+def test_scales_are_no_part_of_the_program(made):
+    one = on(made, (1, 1, 1))
+    constant = [one.sample(LABELS, scale=scale) for scale in (1.5, 2.5)]
+    assert (constant[0] != constant[1]).any()
+    sampler = one._sampler(ar.PLAIN, 16)
+    assert sampler._cache_size() == 1
+    one.sample(LABELS, scale=2.5, schedule="linear")
+    assert one._sampler(ar.PLAIN, 16) is sampler and sampler._cache_size() == 1
+    for scale in (1.5, 2.5):
+        one.follow(LABELS, constant[0], scale=scale)
+    assert one._follower(16)._cache_size() == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
