@@ -8,9 +8,6 @@ from gigatok_jax import config
 from gigatok_jax.generators.ar import hidden_width
 from gigatok_jax.hub.keymap import Entry
 
-BUFFERS: dict[str, Any] = {}  # none is published: the table of rotations is made where it is used
-DROPPABLE = tuple(BUFFERS)
-
 
 def _weight(key: str, paths: tuple[str, ...], out: int, inp: int, layer: int | None = None) -> Entry:
     return Entry(f"{key}.weight", tuple(f"{path}/kernel" for path in paths), "dense", (out, inp), layer)

@@ -1,12 +1,15 @@
 """Files of named arrays."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from gigatok_jax.data.shards import sha256
+
+__all__ = ["read_tensors", "reading", "sha256"]
 
 
 @contextlib.contextmanager
@@ -48,9 +51,3 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
             return load_file(path)
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,13 +24,27 @@ def sequences(count=3):
     return jnp.asarray(rng.integers(0, V, (count, K)), jnp.int32), jnp.arange(count, dtype=jnp.int32) % (CLASSES + 1)
 
 
+SIZES = {  # width, layers, the SwiGLU's width, parameters of the published code where it was built
+    "b": (768, 12, 2048, 111_085_824),
+    "l": (1024, 24, 2816, 343_174_144),
+    "xl": (1280, 36, 3584, 775_028_480),
+    "xxl": (1536, 48, 4096, 1_411_367_424),
+    "xxxl": (2560, 48, 6912, None),
+    "1b": (2048, 22, 5632, None),
+    "3b": (3200, 24, 8704, None),
+    "7b": (4096, 32, 11008, None),
+}
+
+
 @pytest.mark.parametrize("size", config.GPT_SIZES)
 def test_published_sizes(size):
     model = ar.build(config.ar_generator(size))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256), jnp.int32), jnp.zeros((1,), jnp.int32))
-    counts = {"b": 111_085_824, "l": 343_174_144, "xl": 775_028_480, "xxl": 1_411_367_424}
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert count == counts.get(size, count) and count > 1e8
+    width, depth, hidden, published = SIZES[size]
+    # Attention's four matrices, the SwiGLU's three, two norms; ids in and out, classes, positions, the last norm.
+    layer = 4 * width**2 + 3 * width * hidden + 2 * width
+    count = depth * layer + width * (2 * 16_384 + 1001 + 257 + 1)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count == (published or count)
 
 
 @pytest.mark.parametrize("form", GENERATOR_FORMS)

@@ -9,7 +9,8 @@ import pytest
 
 from gigatok_jax.hub import bundle, sections, stablehlo
 from gigatok_jax.sampling.pipelines import from_pretrained
-from tests.tiny import tiny_generator, tiny_run
+from tests.probes import tiny_tokenizer
+from tests.tiny import tiny_generator
 
 SCRIPT = """
 import sys
@@ -43,21 +44,25 @@ def saved(folder, kind, section):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
+    """A tokenizer's bundle that tells pictures apart, with its programs."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    saved(folder, "tokenizer", tiny_run().tokenizer.to_dict())
+    stablehlo.write(folder, "tokenizer", tiny_tokenizer(folder).section)
     return folder
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 5])
 def test_ids_and_pixels_without_this_package(tokenizer, tmp_path, count):
     ours = from_pretrained(tokenizer)
-    images = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    # Blocks of colour: all pictures of pure noise have much the same ids.
+    images = np.random.default_rng(1).integers(0, 256, (count, 2, 2, 3)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
     ids = run(tokenizer, "tokenize", tmp_path, images)
+    assert len(np.unique(ids, axis=0)) == count
     np.testing.assert_array_equal(ids, ours.tokenize(images))
-    pixels = run(tokenizer, "detokenize", tmp_path, ids)
-    # 1e-5 of the range is far below one of 255 steps: pixels differ only where a value lies on a step's edge.
-    assert pixels.dtype == np.uint8 and (pixels != ours.detokenize(ids)).mean() < 1e-2
-    assert np.abs(pixels.astype(int) - ours.detokenize(ids)).max() <= 1
+    pixels, floats = run(tokenizer, "detokenize", tmp_path, ids), ours.detokenize(ids, float_images=True)
+    assert pixels.dtype == np.uint8 and len(np.unique(pixels.reshape(count, -1), axis=0)) == count
+    assert ((floats > 0) & (floats < 1)).mean() > 0.8
+    # Each is what a value within 1e-5 of ours is rounded to.
+    assert np.abs(pixels / 255 - floats).max() <= 0.5 / 255 + 1e-5
 
 
 def test_samples_without_this_package(tmp_path):
