@@ -1,5 +1,6 @@
 """How every entry point starts: whatever is wrong with its flags or config file becomes one error."""
 
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:
         print("\nstopped: the same command does the rest", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # files are whole or not there: threads that read ahead need not finish
 
 
 def _parse(argv: list[str]) -> list[str]:
