@@ -115,3 +115,9 @@ def assert_same_leaves(got, want, rtol):
 # hinge terms' cancel, and what is left of them is rounding.
 QUIET = {"tokenizer__kernel_gain": 0.0, "tokenizer__position_std": 0.0, "tokenizer__adaptive_scale_init": 0.0,
          "loss__direct": True, "global_batch": 24, "loss__entropy_weight": 0.02, "loss__lecam_weight": 3.0}  # fmt: skip
+
+
+def assert_planned(shapes, arrays):
+    """Placed shapes announce these arrays."""
+    told = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), shapes)
+    assert told == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), arrays)

@@ -14,7 +14,7 @@ from gigatok_jax.hub import bundle, frozen, keymap, sections
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
-from tests.steps import MESHES, ONE, train
+from tests.steps import MESHES, ONE, assert_planned, train
 from tests.tiny import tiny_generator, tiny_run
 
 K, V, SIZE = 8, 64, 8  # of tiny_run's tokenizer
@@ -157,7 +157,9 @@ def test_eight_devices_take_the_steps_of_one(root):
 def test_the_first_stage_is_sharded_and_its_decoder_left_out(root):
     sizes, _ = MESHES["mixed"]
     cfg = frozen.resolved(on_pictures(root, sharding__preset="fsdp+tensor"))
-    stage = frozen.of_config(cfg, sharding.make_mesh(sizes))["first_stage"]
+    mesh = sharding.make_mesh(sizes)
+    stage = frozen.of_config(cfg, mesh)["first_stage"]
+    assert_planned(frozen.abstract(cfg, mesh)["first_stage"], stage)
     assert stage.keys() == {"encoder", "bottleneck"}
     large = {name: leaf for name, leaf in keymap.flatten(stage).items() if leaf.size > 300}
     assert len(large) > 8 and not [name for name, leaf in large.items() if leaf.sharding.is_fully_replicated]

@@ -15,7 +15,7 @@ from gigatok_jax.hub import teachers as hub
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.run import Run
 from tests.networks import narrow, recipe
-from tests.steps import MESHES, ONE, QUIET, assert_same_leaves, full_step
+from tests.steps import MESHES, ONE, QUIET, assert_planned, assert_same_leaves, full_step
 from tests.teachers.seeded import seeded
 
 SIZES = ("b-l", "b-l-dino-disc")
@@ -66,8 +66,10 @@ def test_eight_devices_take_the_published_step_of_one(networks, size):
 
 def test_frozen_networks_are_sharded_by_the_table(networks):
     cfg = recipe("b-l-dino-disc", sharding__preset="fsdp+tensor")
-    weights = frozen.of_config(cfg, sharding.make_mesh(MESHES["mixed"][0]))
+    mesh = sharding.make_mesh(MESHES["mixed"][0])
+    weights = frozen.of_config(cfg, mesh)
     assert set(weights) == {"perceptual", "semantic", "discriminator"}
+    assert_planned(frozen.abstract(cfg, mesh), weights)
     split = [leaf for leaf in jax.tree.leaves(weights) if not leaf.sharding.is_fully_replicated]
     assert len(split) > 20
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gigatok_jax import objectives, sharding
-from gigatok_jax.hub import bundle, teachers
+from gigatok_jax.hub import bundle, keymap, sections, teachers
 from gigatok_jax.hub.tensors import sha256
 
 
@@ -70,14 +70,23 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def abstract(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """What `of_config` gives of the networks in the weights folder, as placed shapes; no file is needed."""
-    roles = objectives.networks(cfg)
+    """What `of_config` gives, as placed shapes: no file of weights is needed.
+
+    Raises:
+      ValueError: as `of_config`.
+    """
+    roles, found = objectives.networks(cfg), {}
     grid = objectives.latent_grid(cfg) if "semantic" in roles else None
-    dtype, found = jax.numpy.dtype(cfg["frozen"]["dtype"]) if roles else None, {}
     for role, name in roles.items():
+        dtype = jax.numpy.dtype(cfg["frozen"]["dtype"])
         found[role] = teachers.abstract(name, grid=grid if role == "semantic" else None, dtype=dtype)
         if role == "semantic":
-            found[role].pop("heads", None)
+            found[role].pop("heads", None)  # the weights of LPIPS
+    if objectives.has_first_stage(cfg):
+        shapes = sections.parameter_shapes("tokenizer", cfg["first_stage"])
+        found["first_stage"] = keymap.unflatten(
+            {path: shape for path, shape in shapes.items() if path.split("/")[0] in bundle.FIRST_STAGE}
+        )
     where = sharding.state_shardings(found, mesh, cfg["sharding"]["preset"])
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), found, where)
 

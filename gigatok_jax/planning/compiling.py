@@ -6,6 +6,7 @@ Reads of a request and writes of its answer are JSON, because a compiler may tak
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -95,7 +96,7 @@ def shard_bytes(tree: Any) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = sharding.path_name(path).split("/")[0]
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        found[name] = found.get(name, 0) + int(jnp.dtype(leaf.dtype).itemsize * jnp.prod(jnp.array((1, *shape))))
+        found[name] = found.get(name, 0) + jnp.dtype(leaf.dtype).itemsize * math.prod(shape)
     return found
 
 
