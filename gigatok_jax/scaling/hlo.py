@@ -189,7 +189,14 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
     return dict(sorted(kinds.items()))
 
 
-_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "copy-done")
+_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call")
+_MARKS = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+    "AssumeGatherIndicesInBound",
+)
 
 
 def memory_traffic(text: str) -> int:
@@ -206,14 +213,21 @@ def memory_traffic(text: str) -> int:
         if name in fused or not times[name]:
             continue
         shapes = {line.name: line.shape for line in lines}
-        total += times[name] * sum(_traffic(line, shapes) for line in lines if line.opcode not in _FREE)
+        total += times[name] * sum(_traffic(line, shapes) for line in lines)
     return total
 
 
 def _traffic(line: Instruction, shapes: Mapping[str, str]) -> int:
-    written = _in_memory(line.shape)
+    if line.opcode in _FREE or line.opcode.endswith("-done") or any(f'"{mark}"' in line.rest for mark in _MARKS):
+        return 0
+    if line.opcode == "copy-start":  # (to, from, mark)
+        return sum(map(_in_memory, _members(line.shape)[:2]))
+    if line.opcode == "slice-start":  # ((whole), part, mark)
+        part = _members(line.shape)[-2]
+        return shape_bytes(part) + _in_memory(part)
+    written = sum(map(_in_memory, _members(line.shape)))
     operands = re.findall(r"%([\w.\-]+)", line.rest.split("), ")[0])
-    read = [_in_memory(shapes[name]) for name in operands if name in shapes]
+    read = [sum(map(_in_memory, _members(shapes[name]))) for name in operands if name in shapes]
     if "dynamic-update-slice" in line.name:
         return 2 * sum(size for size in read if size < written)
     if "dynamic-slice" in line.name:
@@ -221,7 +235,11 @@ def _traffic(line: Instruction, shapes: Mapping[str, str]) -> int:
     return written + sum(read)
 
 
-def _in_memory(shape: str) -> int:
-    """Bytes of a shape's members that are not marked as lying in the processor's memory."""
-    members = re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^{}]*\})?", shape)
-    return sum(shape_bytes(member) for member in members if "S(1)" not in member)
+def _members(shape: str) -> list[str]:
+    """A shape's arrays, with their layouts."""
+    return re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^{}]*\})?", shape)
+
+
+def _in_memory(member: str) -> int:
+    """Bytes of an array, 0 for one that is marked as lying in the processor's own memory."""
+    return 0 if "S(1)" in member else shape_bytes(member)

@@ -68,6 +68,9 @@ ENTRY %main (p: bf16[768,2048], q: bf16[96,2048]) -> bf16[96,2048] {
   %fusion.1 = bf16[96,2048]{1,0:T(8,128)(2,1)S(1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.7
   %gather = bf16[768,2048]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}
   %again = bf16[768,2048]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}
+  %start = (bf16[96,2048]{1,0:S(1)}, bf16[96,2048]{1,0}, u32[]{:S(2)}) copy-start(%q)
+  %done = bf16[96,2048]{1,0:S(1)} copy-done(%start)
+  %part = ((bf16[96,2048]{1,0}), bf16[96,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:96], [0:64]}
   ROOT %add = bf16[96,2048]{1,0:T(8,128)(2,1)} add(%fusion.1, %q)
 }
 """
@@ -79,8 +82,9 @@ def test_the_forms_of_a_tpu():
     size = 768 * 2048 * 2
     assert (scatter.kind, scatter.devices, scatter.count, scatter.bytes) == ("reduce-scatter", 8, 1, size * 7 / 8)
     assert (gather.kind, gather.devices, gather.count) == ("all-gather", 8, 1)
-    part = 96 * 2048 * 2  # the fusion reads p; both gathers read q and write all; the sum reads q and writes a part
-    assert hlo.memory_traffic(TPU) == size + 2 * (part + size) + 2 * part
+    part = 96 * 2048 * 2
+    # The fusion reads p, the gathers read q and write all, the sum reads q and writes a part, the copy reads q.
+    assert hlo.memory_traffic(TPU) == size + 2 * (part + size) + 2 * part + part + 96 * 64 * 2
 
 
 def test_another_text_is_refused():
