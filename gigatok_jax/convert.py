@@ -55,11 +55,17 @@ def convert(
     content = models.convert_files(
         name, inputs, out, part=part, fields=fields, tokenizer=facts, on_tensor=tensor_progress()
     )
-    kept = {field: content["provenance"][field] for field in ("files", "licence", "dropped")}
-    return [{"bundle": str(out), "hash": content["hash"], **kept}]
+    sizes, known = models.recognised(name, content["section"])
+    if not known:
+        told = ", ".join(f"{field}={value}" for field, value in sizes.items())
+        print(f"warning: {told} is no published size of {name}: is the file whole?", file=sys.stderr)
+    kept = {field: content["provenance"][field] for field in ("files", "part", "dtypes", "licence", "dropped")}
+    if isinstance(kept["dtypes"], dict):
+        kept["dtypes"] = sorted(set(kept["dtypes"].values()))
+    return [{"bundle": str(out), "hash": content["hash"], "sizes": sizes, **kept}]
 
 
-def publish(name: str, inputs: list[Path], out: Path | None) -> list[dict[str, Any]]:
+def publish(name: str, inputs: list[str | Path], out: Path | None) -> list[dict[str, Any]]:
     """Writes a bundle, or a frozen network's file, in a published form; returns what is printed of the file.
 
     Raises:
@@ -68,7 +74,7 @@ def publish(name: str, inputs: list[Path], out: Path | None) -> list[dict[str, A
     if name in weight_files.FORMS:
         if out is None or out.suffix != ".safetensors":
             raise ValueError(f"--to={name} needs --out=FILE.safetensors")
-        return [weight_files.publish(name, inputs, out, tensor_progress())]
+        return [weight_files.publish(name, [Path(path) for path in inputs], out, tensor_progress())]
     if name not in models.LAYOUTS:
         raise ValueError(f"--to={name} is not one of {', '.join((*models.LAYOUTS, *weight_files.FORMS))}")
     if len(inputs) != 1 or out is None:
@@ -81,7 +87,7 @@ def define_flags() -> None:
     flags.DEFINE_string("from", None, "Which published form to read; --list names them.")
     flags.DEFINE_string("to", None, "Which published form to write a bundle, or a frozen network's file, in.")
     flags.DEFINE_list(
-        "in", [], "The published file, or several whose tensors are joined; with --to, the bundle or file."
+        "in", [], "The published file, or several whose tensors are joined; with --to, the bundle (hf:// too) or file."
     )
     flags.DEFINE_string("out", None, "The bundle's folder; with --to, the file. Of frozen networks: a folder or file.")
     flags.DEFINE_string("part", "", "Of a training checkpoint: ema, model, …; by default as the published loaders do.")
@@ -101,14 +107,14 @@ def main(argv: list[str]) -> None:
     source, target = options["from"].value, options.to
     if (source is None) == (target is None):
         sys.exit("error: name one published form with --from=NAME or --to=NAME (--list shows them)")
-    inputs = [Path(path) for path in options["in"].value]
+    inputs = options["in"].value
     out = Path(options.out) if options.out else None
     try:
         if target:
             written = publish(target, inputs, out)
         else:
             chosen = {"part": options.part, "fields": _fields(options.fields), "tokenizer": options.tokenizer}
-            written = convert(source, inputs, out, **chosen)
+            written = convert(source, [Path(path) for path in inputs], out, **chosen)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     for facts in written:

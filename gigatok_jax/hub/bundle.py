@@ -17,16 +17,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gigatok_jax.hub import content as contents
-from gigatok_jax.hub import keymap
+from gigatok_jax.hub import huggingface, keymap
 from gigatok_jax.hub.sections import build_model, parameter_shapes
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FIRST_STAGE = (
-    "encoder",
-    "bottleneck",
-)  # a tokenizer's parts that make ids: who needs no images leaves the rest on disk
+# A tokenizer\'s parts that make ids: who needs no images leaves the rest on disk.
+FIRST_STAGE = ("encoder", "bottleneck")
 
 
 class Bundle(NamedTuple):
@@ -181,7 +179,9 @@ def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path,
     Raises:
       FileNotFoundError, ValueError, ImportError: as `load`.
     """
-    folder = _downloaded(str(path)) if str(path).startswith("hf://") else Path(path).expanduser()
+    folder = (
+        huggingface.fetched(str(path), (CONFIG, WEIGHTS)) if str(path).startswith("hf://") else Path(path).expanduser()
+    )
     content = contents.read(_inside(folder, CONFIG))
     if kind is not None and content["kind"] != kind:
         raise ValueError(f"{folder} is a bundle of a {content['kind']}, a {kind} is wanted")
@@ -239,21 +239,3 @@ def _open_weights(
             f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
         )
     return {name: Leaf(stored[name][0], slices[name]) for name in wanted}
-
-
-def _downloaded(address: str) -> Path:
-    """The folder of a bundle of a Hugging Face repository; fetched once, then read without a network."""
-    name, _, revision = address.removeprefix("hf://").partition("@")
-    if name.count("/") != 1 or not revision:
-        raise ValueError(
-            f"{address} should read hf://owner/name@revision: a commit or tag says which weights are meant"
-        )
-    # A folder of its own: in the hub's cache the files are links that leave theirs.
-    folder = Path("~/.cache/gigatok_jax/bundles").expanduser() / f"{name.replace('/', '--')}@{revision}"
-    if all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(f"{address} needs the package huggingface_hub: pip install 'gigatok_jax[hub]'") from None
-    return Path(snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=[CONFIG, WEIGHTS]))

@@ -1,5 +1,6 @@
 """Published GigaTok tokenizer checkpoints ↔ ours (key names of SilentView/GigaTok)."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +14,6 @@ from gigatok_jax.tokenizers.gigatok import latent_grid
 
 # A ring buffer of recent ids, refilled by training; made anew as the published code starts it.
 BUFFERS = {"quantize.codebook_used": np.zeros(65536, np.float32)}
-DROPPABLE = tuple(BUFFERS)
 HEAD = 64  # channels of an attention head, at every published size
 
 
@@ -135,6 +135,9 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     one_d = "s2to1encoder.encoder_embed.weight" in shapes
     encoder, decoder = ("s2to1encoder", "s1to2decoder") if one_d else ("s2dencoder", "s2ddecoder")
 
+    def rows(key: str) -> int:  # by another tensor's width, so that a transposed table is what does not fit
+        return math.prod(shapes[key]) // shapes[f"{encoder}.encoder_embed.weight"][0]
+
     def count(pattern: str) -> int:
         return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
@@ -143,19 +146,20 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         shapes[f"encoder.conv_blocks.{level}.res.0.conv2.weight"][0]
         for level in range(count(r"encoder\.conv_blocks\.(\d+)\."))
     ]
-    cells, factor = shapes[f"{encoder}.positional_embedding"][0], 2 ** (len(widths) - 1)
+    cells, factor = rows(f"{encoder}.positional_embedding"), 2 ** (len(widths) - 1)
+    code_dim = shapes["quant_conv.weight"][0]
     section = config.gigatok_tokenizer().to_dict()
     section |= {
         "layout": "1d" if one_d else "2d",
         "image_size": round(cells**0.5) * factor,
-        "num_latent_tokens": shapes[f"{encoder}.latent_token_positional_embedding"][0] if one_d else cells,
+        "num_latent_tokens": rows(f"{encoder}.latent_token_positional_embedding") if one_d else cells,
         "features": features,
         "conv_base": base,
         "conv_multipliers": [width // base for width in widths],
         "encoder_conv_blocks": count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         "decoder_conv_blocks": count(r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "codebook_size": shapes["quantize.embedding.weight"][0],
-        "code_dim": shapes["quantize.embedding.weight"][1],
+        "codebook_size": math.prod(shapes["quantize.embedding.weight"]) // code_dim,
+        "code_dim": code_dim,
         "teacher_dim": shapes.get(f"{decoder}.distill_mlp.4.weight", (0,))[0],
     }
     for side, key in (("encoder", encoder), ("decoder", decoder)):

@@ -1,5 +1,6 @@
 """Published GPT checkpoints (SilentView/GigaTok `gpt_1d`, FoundationVision/LlamaGen `gpt`) ↔ our AR generator."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,7 +71,11 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     Raises:
       KeyError: where the tensors are no GPT's.
     """
-    codes, width = shapes["tok_embeddings.weight"]
+    width = shapes["layers.0.attention_norm.weight"][0]
+
+    def rows(key: str) -> int:  # by another tensor's width, so that a transposed table is what does not fit
+        return math.prod(shapes[key]) // width
+
     learned = "positional_embedding" in shapes
     section = config.ar_generator().to_dict()
     heads = {(width, depth): heads for width, depth, heads in config.GPT_SIZES.values()}
@@ -82,8 +87,8 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "hidden_multiple": next(multiples, section["hidden_multiple"]),
         "depth": depth,
         "heads": heads.get((width, depth), max(width // 64, 1)),
-        "codebook_size": codes,
-        "num_classes": shapes["cls_embedding.embedding_table.weight"][0] - 1,
+        "codebook_size": rows("tok_embeddings.weight"),
+        "num_classes": rows("cls_embedding.embedding_table.weight") - 1,
         "positions": "learned" if learned else "rope_2d",
         "qk_norm": "layers.0.attention.q_norm.weight" in shapes,
         "modulation": "shared_adaln" if "adaLN.1.weight" in shapes else "none",
@@ -91,5 +96,5 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if "layers.0.adaLN_modulation.1.weight" in shapes:
         section["modulation"] = "adaln"
     if learned:
-        section["num_latent_tokens"] = shapes["positional_embedding"][0] - 1
+        section["num_latent_tokens"] = rows("positional_embedding") - 1
     return section

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gigatok_jax.hub.streaming import FLOATING
+
+SHOWN = 40  # of the keys that do not fit
+
 
 class Entry(NamedTuple):
     """One published tensor, and the leaf (or the rows or layer of it) that holds it here.
@@ -79,9 +83,12 @@ def check_keys(entries: Iterable[Entry], state: Mapping[str, Any], droppable: tu
     """Every published key is accounted for.
 
     Raises:
-      ValueError: listing all unknown, missing and misshapen keys.
+      ValueError: listing all unknown, missing and misshapen keys, and such as hold no floating numbers.
     """
-    _compare({entry.key: entry.shape for entry in entries}, state, droppable)
+    want = {entry.key: entry.shape for entry in entries}
+    dtypes = {key: str(getattr(value, "dtype", "float32")).removeprefix("torch.") for key, value in state.items()}
+    others = [f"no weights: {key} is {dtype}" for key, dtype in dtypes.items() if key in want and dtype not in FLOATING]
+    _compare(want, state, droppable, others)
 
 
 def leaf_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
@@ -100,7 +107,12 @@ def check_leaves(entries: Iterable[Entry], flat: Mapping[str, Any]) -> None:
     _compare(leaf_shapes(entries), flat)
 
 
-def _compare(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], droppable: tuple[str, ...] = ()) -> None:
+def _compare(
+    want: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Any],
+    droppable: tuple[str, ...] = (),
+    others: Iterable[str] = (),
+) -> None:
     problems = [f"unknown: {key}" for key in found if key not in want and key not in droppable]
     problems += [f"missing: {key} {shape}" for key, shape in want.items() if key not in found]
     problems += [
@@ -108,8 +120,10 @@ def _compare(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], drop
         for key, shape in want.items()
         if key in found and np.shape(found[key]) != shape
     ]
+    problems += others
     if problems:
-        shown = "\n  ".join(problems[:40])
+        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        shown = "\n  ".join(problems[:SHOWN] + more)
         raise ValueError(f"{len(problems)} keys do not fit this model:\n  {shown}")
 
 
@@ -176,6 +190,14 @@ def translated(
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
     return read
+
+
+def translated_dtypes(
+    entries: Iterable[Entry], state: Mapping[str, Any], wanted: Iterable[Entry]
+) -> dict[str, np.dtype]:
+    """The dtypes of what `translated` reads."""
+    sources = {(path, entry.layer): state[entry.key].dtype for entry in entries for path in entry.paths}
+    return {entry.key: np.result_type(*(sources[path, entry.layer] for path in entry.paths)) for entry in wanted}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Published LlamaGen tokenizers (FoundationVision/LlamaGen `vq_model`) ↔ ours."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     Raises:
       KeyError: where the tensors are no LlamaGen tokenizer's.
     """
-    base = shapes["encoder.conv_in.weight"][0]
+    base, code_dim = shapes["encoder.conv_in.weight"][0], shapes["quant_conv.weight"][0]
     levels = len({match[1] for key in shapes if (match := re.match(r"encoder\.conv_blocks\.(\d+)\.", key))})
     widths = [shapes[f"encoder.conv_blocks.{level}.res.0.conv2.weight"][0] for level in range(levels)]
     section, factor = config.llamagen_tokenizer().to_dict(), 2 ** (levels - 1)
@@ -86,6 +87,6 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "features": shapes["encoder.conv_out.weight"][0],
         "conv_base": base,
         "conv_multipliers": [width // base for width in widths],
-        "codebook_size": shapes["quantize.embedding.weight"][0],
-        "code_dim": shapes["quantize.embedding.weight"][1],
+        "codebook_size": math.prod(shapes["quantize.embedding.weight"]) // code_dim,
+        "code_dim": code_dim,
     }

@@ -5,108 +5,18 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
 import gigatok_jax
-from gigatok_jax.hub import bundle, dino_heads, gigatok, gpt, keymap, llamagen, patchgan, sections
+from gigatok_jax.hub import bundle, keymap, sections
+from gigatok_jax.hub.layouts import LAYOUTS, ModelLayout
 from gigatok_jax.hub.published import opened
-from gigatok_jax.hub.streaming import write_streamed
+from gigatok_jax.hub.streaming import published_metadata, write_streamed
 from gigatok_jax.hub.tensors import sha256
-
-
-class Keys(NamedTuple):
-    """The tensors of a kind of model.
-
-    section_of: shapes by published name → the config section.   entries: the section → its key list.
-    buffers: the section → the closed set of tensors that are dropped, with what they are made anew as.
-    """
-
-    section_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
-    entries: Callable[[Mapping[str, Any]], list[keymap.Entry]]
-    buffers: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] = lambda section: {}
-
-
-class ModelLayout(NamedTuple):
-    """The form in which a project publishes a model.
-
-    part: of a training checkpoint that holds it; "": as the published loaders choose.
-    requires: fields of the section that another layout of the same keys has otherwise.
-    """
-
-    kind: str
-    what: str
-    source: str
-    licence: str
-    tested: str
-    keys: Keys
-    requires: Mapping[str, Any]
-    part: str = ""
-
-
-_GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.com/FoundationVision/LlamaGen"
-_RECORDED = "recorded outputs of the published code; key lists of every published size"
-_used = lambda section: gigatok.BUFFERS  # noqa: E731
-LAYOUTS: dict[str, ModelLayout] = {
-    "gigatok": ModelLayout(
-        kind="tokenizer",
-        what="GigaTok tokenizers, 1-D and 2-D",
-        source=_GIGATOK,
-        licence="Apache-2.0",
-        tested=_RECORDED,
-        keys=Keys(gigatok.section_of, gigatok.entries, _used),
-        requires={"family": "gigatok"},
-    ),
-    "gigatok-gpt": ModelLayout(
-        kind="generator",
-        what="GigaTok's GPT-1D, B to XXL",
-        source=_GIGATOK,
-        licence="Apache-2.0",
-        tested=_RECORDED,
-        keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "learned"},
-    ),
-    "gigatok-patchgan": ModelLayout(
-        kind="discriminator",
-        what="GigaTok's and LlamaGen's PatchGAN",
-        source=_GIGATOK,
-        licence="Apache-2.0",
-        tested=_RECORDED,
-        keys=Keys(patchgan.section_of, patchgan.section_entries, patchgan.buffers),
-        requires={},
-        part="discriminator",
-    ),
-    "gigatok-dino-disc": ModelLayout(
-        kind="discriminator",
-        what="the trained heads of GigaTok's DINO discriminator",
-        source=_GIGATOK,
-        licence="Apache-2.0",
-        tested=_RECORDED,
-        keys=Keys(dino_heads.section_of, dino_heads.section_entries),
-        requires={},
-        part="discriminator",
-    ),
-    "llamagen": ModelLayout(
-        kind="tokenizer",
-        what="LlamaGen's VQ-16 and VQ-8 tokenizers, for any image size",
-        source=_LLAMAGEN,
-        licence="MIT",
-        tested="PyTorch on the same weights; key lists of the published code",
-        keys=Keys(llamagen.section_of, llamagen.entries, _used),
-        requires={"family": "llamagen"},
-    ),
-    "llamagen-gpt": ModelLayout(
-        kind="generator",
-        what="LlamaGen's class-conditional GPT, B to 3B",
-        source=_LLAMAGEN,
-        licence="MIT",
-        tested=_RECORDED,
-        keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "rope_2d", "modulation": "none", "qk_norm": False},
-    ),
-}
 
 
 def convert(
@@ -142,22 +52,15 @@ def convert_files(
 
     Args:
       part: of a training checkpoint, such as "ema" or "model"; as the published loaders choose if empty.
-      tokenizer: of a generator, the facts of the bundle whose ids it writes.
+      tokenizer: of a generator, the facts of the bundle whose ids it writes, which its sizes are compared with.
       name, fields: as in `convert`.
 
     Raises:
       ValueError: as `convert`, and for a damaged file.
       OSError: a file cannot be read or written.
     """
-    layout = _layout(name)
-    with opened(paths, part or layout.part) as state:
-        provenance = {
-            "from": name,
-            "source": layout.source,
-            "licence": layout.licence,
-            "files": {path.name: sha256(path) for path in map(Path, paths)},
-            "part": part or layout.part or "as the published loaders choose",
-        }
+    with opened(paths, part, _layout(name).parts) as (state, taken):
+        provenance = {"files": {path.name: sha256(path) for path in map(Path, paths)}, "part": taken}
         facts = {"tokenizer": tokenizer, "provenance": provenance, "on_tensor": on_tensor}
         return write(name, state, out, fields, **facts)
 
@@ -167,7 +70,10 @@ def write(
 ) -> dict[str, Any]:
     """As `convert`, into a folder; returns what its `config.json` holds."""
     layout = _layout(name)
-    section = section_of(name, {key: tuple(np.shape(value)) for key, value in state.items()}, fields or {})
+    fields, tokenizer = dict(fields or {}), facts.get("tokenizer")
+    if tokenizer and "positional_embedding" not in state:  # such a generator is for any number of ids
+        fields.setdefault("num_latent_tokens", tokenizer["num_latent_tokens"])
+    section = section_of(name, {key: tuple(np.shape(value)) for key, value in state.items()}, fields)
     entries, buffers = layout.keys.entries(section), layout.keys.buffers(section)
     try:
         keymap.check_keys(entries, state, tuple(buffers))
@@ -175,7 +81,11 @@ def write(
         raise ValueError(f"these are not the weights of {layout.what}: {error}") from None
     read = keymap.leaf_reader(entries, state)
     provenance = {
+        "from": name,
+        "source": layout.source,
+        "licence": layout.licence,
         **facts.pop("provenance", {}),
+        "dtypes": _dtypes(entries, state),
         "dropped": sorted(state.keys() & buffers.keys()),
         "versions": {"gigatok_jax": gigatok_jax.__version__},
     }
@@ -201,10 +111,19 @@ def section_of(name: str, shapes: Mapping[str, tuple[int, ...]], fields: Mapping
     return sections.checked_section(layout.kind, json.loads(json.dumps(section)), "the section")
 
 
+def recognised(name: str, section: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(The fields that tell one published model from another, whether they are a published model's)."""
+    layout = _layout(name)
+    sizes = {field: section[field] for field in layout.sizes}
+    return sizes, tuple(sizes.values()) in layout.known
+
+
 def publish(
     name: str, folder: str | os.PathLike, out: Path, on_tensor: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
     """A bundle → a safetensors file in a published layout, complete with the buffers that `convert` drops.
+
+    Tensors that were converted from a 16-bit dtype are written in it.
 
     Returns:
       {"file", "sha256", "tensors", "parameters"}.
@@ -219,16 +138,39 @@ def publish(
         _check_form(name, content["section"])
         entries = {entry.key: entry for entry in layout.keys.entries(content["section"])}
         keymap.check_leaves(entries.values(), leaves)
-        shapes = {key: ShapeDtypeStruct(entry.shape, np.float32) for key, entry in entries.items()}
+        dtypes = _stored_dtypes(name, content["provenance"])
+        shapes = {key: ShapeDtypeStruct(entry.shape, dtypes(key)) for key, entry in entries.items()}
         buffers = layout.keys.buffers(content["section"])
 
         def read(key: str) -> np.ndarray:
-            return keymap.published_tensor(entries[key], leaves) if key in entries else buffers[key]
+            if key not in entries:
+                return buffers[key]
+            return keymap.published_tensor(entries[key], leaves).astype(dtypes(key), copy=False)
 
+        kept = {field: content["provenance"].get(field) for field in ("from", "source", "licence")}
+        metadata = published_metadata({"bundle": content["hash"], **kept})
         out.parent.mkdir(parents=True, exist_ok=True)
-        digest = write_streamed(out, shapes | buffers, read, on_tensor)
+        digest = write_streamed(out, shapes | buffers, read, on_tensor, metadata)
     count = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in entries.values())
     return {"file": str(out), "sha256": digest, "tensors": len(shapes | buffers), "parameters": count}
+
+
+def _dtypes(entries: Sequence[keymap.Entry], state: Mapping[str, Any]) -> str | dict[str, str]:
+    """What the published tensors were stored in: one dtype, or that of each."""
+    found = {entry.key: str(getattr(state[entry.key], "dtype", "float32")) for entry in entries}
+    found = {key: dtype.removeprefix("torch.") for key, dtype in found.items()}
+    return found if len(set(found.values())) > 1 else next(iter(found.values()))
+
+
+def _stored_dtypes(name: str, provenance: Mapping[str, Any]) -> Callable[[str], np.dtype]:
+    """Gives the dtype to write a tensor in: a 16-bit one that it came in, float32 otherwise."""
+    recorded = provenance.get("dtypes") if provenance.get("from") == name else None
+
+    def dtype(key: str) -> np.dtype:
+        told = recorded.get(key) if isinstance(recorded, dict) else recorded
+        return np.dtype(jnp.dtype(told if told in ("float16", "bfloat16") else "float32"))
+
+    return dtype
 
 
 def _layout(name: str) -> ModelLayout:

@@ -1,29 +1,38 @@
 """Published files of weights, opened for conversion: the tensors of one model, each read when it is asked for."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
-from gigatok_jax.hub.pickles import StoredTensor, open_torch
+from gigatok_jax.hub.pickles import Inert
+from gigatok_jax.hub.stored import StoredTensor, open_safetensors
 from gigatok_jax.hub.tensors import reading
+from gigatok_jax.hub.torch_files import open_torch
 
-# Where a training checkpoint keeps a model; the first that is there is taken, as the published loaders do.
+# Where a checkpoint of a frozen network keeps it; the first that is there is taken.
 PARTS = ("ema", "model", "module", "state_dict")
-_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I8": "i1", "U8": "u1", "BOOL": "?"}
+
+
+class Published(NamedTuple):
+    """state: {name: tensor}; a tensor has `shape` and `dtype`, and is read by `numpy.asarray`.
+
+    part: of a training checkpoint, the one that was taken; "" where the files hold tensors alone.
+    """
+
+    state: dict[str, Any]
+    part: str
 
 
 @contextlib.contextmanager
-def opened(paths: Sequence[str | Path], part: str = "") -> Iterator[dict[str, Any]]:
-    """{name: tensor} of one or more files, joined; a tensor has `shape`, and is read by `numpy.asarray`.
+def opened(paths: Sequence[str | Path], part: str = "", parts: Sequence[str] = PARTS) -> Iterator[Published]:
+    """The tensors of one or more files, joined.
 
     Args:
       paths: .safetensors, .npz, or anything that `torch.save` wrote.
-      part: of a training checkpoint; the first of `PARTS` if empty.
+      part: of a training checkpoint; the first of `parts` if empty.
 
     Raises:
       OSError: a file is not there, or may not be read.
@@ -31,39 +40,34 @@ def opened(paths: Sequence[str | Path], part: str = "") -> Iterator[dict[str, An
     """
     with contextlib.ExitStack() as stack:
         state: dict[str, Any] = {}
+        taken = {}
         for path in map(Path, paths):
-            found = stack.enter_context(_opened(path, part))
-            if twice := sorted(state.keys() & found.keys()):
+            found = stack.enter_context(_opened(path, part, parts))
+            if twice := sorted(state.keys() & found.state.keys()):
                 raise ValueError(f"{path} holds {twice[0]}, as another of the files does")
-            state |= found
-        yield state
+            state |= found.state
+            taken[found.part] = path
+        if len(taken) > 1:
+            told = ", ".join(f"{path}: {name or 'tensors alone'}" for name, path in taken.items())
+            raise ValueError(f"the files hold different parts ({told}): give those of one model")
+        yield Published(state, next(iter(taken), ""))
 
 
 @contextlib.contextmanager
-def _opened(path: Path, part: str) -> Iterator[dict[str, Any]]:
-    if path.suffix in (".safetensors", ".npz"):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
-        opener = _safetensors if path.suffix == ".safetensors" else _npz
-        with contextlib.ExitStack() as stack:
-            with reading(path):
-                state = stack.enter_context(opener(path))
-            yield state
+def _opened(path: Path, part: str, parts: Sequence[str]) -> Iterator[Published]:
+    if path.suffix not in (".safetensors", ".npz"):
+        with open_torch(path) as tree:
+            yield _part(tree, part, parts, path)
         return
-    with open_torch(path) as tree:
-        yield _part(tree, part, path)
-
-
-@contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[dict[str, Any]]:
-    with safe_open(path, framework="np") as file:
-        pieces = {name: file.get_slice(name) for name in list(file.keys())}
-        yield {
-            name: StoredTensor(
-                path, piece.get_shape(), _DTYPES[piece.get_dtype()], functools.partial(file.get_tensor, name)
-            )
-            for name, piece in pieces.items()
-        }
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if part:
+        raise ValueError(f"{path} holds tensors alone, it has no part {part!r}: leave out --part")
+    opener = open_safetensors if path.suffix == ".safetensors" else _npz
+    with contextlib.ExitStack() as stack:
+        with reading(path):
+            state = stack.enter_context(opener(path))
+        yield Published(state, "")
 
 
 @contextlib.contextmanager
@@ -72,19 +76,28 @@ def _npz(path: Path) -> Iterator[dict[str, Any]]:
         yield dict(arrays)
 
 
-def _part(tree: Any, part: str, path: Path) -> dict[str, Any]:
+def _part(tree: Any, part: str, parts: Sequence[str], path: Path) -> Published:
     """The model's tensors out of what a file holds."""
+    if isinstance(tree, Inert):
+        raise ValueError(_refusal(path, tree))
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} holds no dict of tensors")
     nested = [name for name in tree if isinstance(tree[name], Mapping)]
+    named = ", ".join(map(str, nested))
     if part and part not in nested:
-        raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, nested)) or 'tensors alone'}")
-    chosen = part or next((name for name in PARTS if name in nested), "")
+        raise ValueError(f"{path} has no part {part!r}; it holds {named or 'tensors alone'}")
+    chosen = part or next((name for name in parts if name in nested), "")
     state = tree[chosen] if chosen else tree
-    wrong = [str(name) for name, value in state.items() if not isinstance(value, StoredTensor)]
-    if wrong:
-        raise ValueError(
-            f"{path} holds no flat dict of tensors: {wrong[0]} is something else; a training checkpoint's model is "
-            f"named by --part, one of {', '.join(map(str, nested)) or 'none here'}"
-        )
-    return {str(name): value for name, value in state.items()}
+    for name, value in state.items():
+        if isinstance(value, Inert) and (chosen or not nested):
+            raise ValueError(f"{_refusal(path, value)} (as {name})")
+        if not isinstance(value, StoredTensor):
+            raise ValueError(
+                f"{path} holds no flat dict of tensors: {name} is something else; a training checkpoint's model is "
+                f"named by --part, one of {named or 'none here'}"
+            )
+    return Published({str(name): value for name, value in state.items()}, chosen)
+
+
+def _refusal(path: Path, inert: Inert) -> str:
+    return f"{path} is refused: this pickle calls {inert.name} where tensors are wanted"

@@ -13,15 +13,25 @@ from typing import Any
 
 import numpy as np
 
+# numpy's name of a dtype → safetensors' name.
 DTYPES = {
+    "float64": "F64",
     "float32": "F32",
     "bfloat16": "BF16",
     "float16": "F16",
-    "int32": "I32",
     "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
     "int8": "I8",
     "uint8": "U8",
+    "bool": "BOOL",
 }
+FLOATING = ("float64", "float32", "bfloat16", "float16")
+
+
+def published_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a file in a published layout says of itself; transformers reads no file that does not name its form."""
+    return {"format": "pt", "provenance": json.dumps(facts)}
 
 
 def write_streamed(

@@ -14,7 +14,7 @@ from jax import ShapeDtypeStruct
 
 from gigatok_jax.hub import inception, keymap, vit_keys
 from gigatok_jax.hub.keymap import Entry
-from gigatok_jax.hub.tensors import read_tensors
+from gigatok_jax.hub.stored import read_tensors
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.teachers import CONVNETS, VITS
 from gigatok_jax.teachers.inception import NETWORKS as INCEPTIONS

@@ -1,15 +1,12 @@
-"""Files of named arrays."""
+"""Files that are read: what is wrong with one, and its hash."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import load_file
-
 from gigatok_jax.data.shards import sha256
 
-__all__ = ["read_tensors", "reading", "sha256"]
+__all__ = ["reading", "sha256"]
 
 
 @contextlib.contextmanager
@@ -30,24 +27,3 @@ def reading(path: str | Path) -> Iterator[None]:
             f"{path} cannot be read: {told}. Where it is cut short, damaged or another kind of file than its "
             "name says, fetch or make it again (python -m gigatok_jax.convert --list says where files are published)"
         ) from None
-
-
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors or npz file.
-
-    Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: for another kind of file, or a damaged one, naming it.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix not in (".safetensors", ".npz"):
-        raise ValueError(
-            f"{path} is not read at run time: convert it to safetensors with python -m gigatok_jax.convert"
-        )
-    with reading(path):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)

