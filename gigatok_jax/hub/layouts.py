@@ -45,6 +45,14 @@ _GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.c
 _RECORDED = "recorded outputs of the published code at narrow sizes; its key lists at every published size"
 _SIDES = ("encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
 _VIT = {name: sizes[:2] for name, sizes in config.VIT_SIZES.items()}
+_PAIRS = (
+    ("small", "small"),
+    ("small", "base"),
+    ("base", "small"),
+    ("small", "large"),
+    ("base", "large"),
+    ("xl", "xxl"),
+)
 _GPT, _GPT_PARTS = ("width", "depth", "heads"), ("model", "module", "state_dict")
 _used = lambda section: gigatok.BUFFERS  # noqa: E731
 LAYOUTS: dict[str, ModelLayout] = {
@@ -58,9 +66,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         requires={"family": "gigatok"},
         parts=("ema", "model", "state_dict"),
         sizes=_SIDES,
-        known=tuple(
-            _VIT[a] + _VIT[b] for a, b in (("small",) * 2, ("small", "base"), ("base", "large"), ("xl", "xxl"))
-        ),
+        known=tuple(_VIT[encoder] + _VIT[decoder] for encoder, decoder in _PAIRS),
     ),
     "gigatok-gpt": ModelLayout(
         kind="generator",
