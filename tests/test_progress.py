@@ -5,7 +5,7 @@ import io
 import jax.numpy as jnp
 import pytest
 
-from gigatok_jax.metrics import Progress, UsageAlarm, format_duration
+from gigatok_jax.metrics import Progress, UsageAlarm, format_duration, tensor_progress
 
 
 class Clock:
@@ -148,3 +148,11 @@ def test_alarm_starts_again_after_recovery():
 def test_alarm_threshold_is_a_fraction():
     with pytest.raises(ValueError, match="fraction"):
         UsageAlarm(10)
+
+
+def test_tensors_are_counted_as_tensors(capsys):
+    show = tensor_progress()
+    show(1, 2)
+    show(2, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "step 2/2" in line and " tensors/s" in line and "images" not in line

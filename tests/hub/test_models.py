@@ -3,13 +3,16 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import gigatok_jax
 from gigatok_jax import config, convert
 from gigatok_jax.hub import bundle, gigatok, gpt, models
+from gigatok_jax.hub.stored import open_safetensors
 from tests.compare import assert_close_tree
 from tests.teachers.seeded import seeded
 from tests.tiny import config_module, published_nano, tiny_generator
@@ -42,8 +45,8 @@ def test_recorded_states_go_round_byte_for_byte(golden, tmp_path, name):
     buffers = models.LAYOUTS[layout].keys.buffers(content["section"]).keys()
     assert content["provenance"]["dropped"] == sorted(want.keys() & buffers)
     assert got.keys() == want.keys() | buffers
-    for key in want.keys() - buffers:
-        assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes(), key
+    for key, value in want.items():  # the buffers that were dropped too: the recorded states hold them as they start
+        assert got[key].dtype == value.dtype and got[key].tobytes() == value.tobytes(), key
 
 
 def published_shapes(text):
@@ -121,8 +124,28 @@ def test_a_state_dict_becomes_a_bundle_in_memory(state, tmp_path):
     made = models.convert("gigatok-gpt", state, {"heads": 2}, class_names=("a", "b"))
     assert made.kind == "generator" and made.class_names == ("a", "b") and made.section["width"] == 32
     np.testing.assert_array_equal(made.params["head"]["kernel"], state["output.weight"].T)
+    assert {field: made.provenance[field] for field in ("from", "licence", "dtypes")} == {
+        "from": "gigatok-gpt",
+        "licence": "Apache-2.0",
+        "dtypes": "float32",
+    }
     made.save(tmp_path)
     assert bundle.load(tmp_path).hash == made.hash
+    models.publish("gigatok-gpt", tmp_path, tmp_path / "back.safetensors")
+    with safe_open(tmp_path / "back.safetensors", "np") as file:
+        told = json.loads(file.metadata()["provenance"])
+    assert told["bundle"] == made.hash and told["from"] == "gigatok-gpt" and told["licence"] == "Apache-2.0"
+
+
+def test_sixteen_bits_come_back_as_they_came(state, tmp_path):
+    state = {key: value.astype(jnp.bfloat16 if value.ndim > 1 else np.float16) for key, value in state.items()}
+    made = models.convert("gigatok-gpt", state, {"heads": 2})
+    assert made.provenance["dtypes"]["norm.weight"] == "float16" and made.params["head"]["kernel"].dtype == np.float32
+    made.save(tmp_path)
+    models.publish("gigatok-gpt", tmp_path, tmp_path / "back.safetensors")
+    with open_safetensors(tmp_path / "back.safetensors") as got:
+        for key, value in state.items():
+            assert got[key].dtype == value.dtype and np.asarray(got[key]).tobytes() == value.tobytes(), key
 
 
 def transposed(state):
@@ -141,6 +164,18 @@ def renamed(state):
     state["norm.scale"] = state.pop("norm.weight")
 
 
+def turned(key):
+    return lambda state: state.update({key: state[key].T})
+
+
+def integers(state):
+    state["norm.weight"] = state["norm.weight"].astype(np.int64)
+
+
+def many(state):
+    state.update({f"extra{n}": np.zeros(1, np.float32) for n in range(50)})
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -148,6 +183,10 @@ def renamed(state):
         (missing, r"1 keys do not fit.*\n  missing: layers\.1\.attention\.wo\.weight"),
         (extra, r"unknown: layers\.1\.attention\.wo\.bias"),
         (renamed, r"unknown: norm\.scale\n  missing: norm\.weight"),
+        (turned("tok_embeddings.weight"), r"1 keys do not fit.*\n  misshapen: tok_embeddings\.weight is \(32, 16\)"),
+        (turned("positional_embedding"), r"1 keys do not fit.*\n  misshapen: positional_embedding is"),
+        (integers, r"1 keys do not fit.*\n  no weights: norm\.weight is int64"),
+        (many, r"unknown: extra39\n  … and 10 more$"),
     ],
 )
 def test_what_does_not_fit_is_named(state, tmp_path, damage, told):
@@ -174,13 +213,38 @@ def test_other_models_and_wrong_fields_are_refused(state, tmp_path):
         convert.convert("gigatok-gpt", [tmp_path / "gpt.safetensors"], tmp_path, fields={}, tokenizer=tmp_path / "gpt")
 
 
-def test_a_generator_is_bound_to_its_tokenizer(state, tmp_path):
+def test_a_generator_is_bound_to_its_tokenizer(state, tmp_path, capsys):
     section = published_nano("1d").to_dict() | {"codebook_size": 16, "num_latent_tokens": 16}
     tokenizer = seeded(gigatok.entries(section))
     models.write("gigatok", tokenizer, tmp_path / "tokenizer", {"encoder_heads": 2, "decoder_heads": 2})
     save_file(state, tmp_path / "gpt.safetensors")
     options = {"fields": {"heads": 2}, "tokenizer": str(tmp_path / "tokenizer")}
-    convert.convert("gigatok-gpt", [tmp_path / "gpt.safetensors"], tmp_path / "gpt", **options)
+    (printed,) = convert.convert("gigatok-gpt", [tmp_path / "gpt.safetensors"], tmp_path / "gpt", **options)
+    assert printed["sizes"] == {"width": 32, "depth": 3, "heads": 2}
+    assert "warning: width=32, depth=3, heads=2 is no published size of gigatok-gpt" in capsys.readouterr().err
     made = bundle.load(tmp_path / "gpt")
     assert made.tokenizer["hash"] == bundle.load(tmp_path / "tokenizer").hash
     assert len(made.provenance["files"]["gpt.safetensors"]) == 64 and made.provenance["licence"] == "Apache-2.0"
+
+
+def test_ids_of_another_tokenizer_are_refused_and_their_count_is_taken_from_it(state):
+    facts = {"hash": "ab" * 32, "codebook_size": 16, "num_latent_tokens": 64, "image_size": 32}
+    with pytest.raises(ValueError, match="num_latent_tokens is 64 of the tokenizer, 16 of the section"):
+        models.convert("gigatok-gpt", state, {"heads": 2}, tokenizer=facts)
+    with pytest.raises(ValueError, match="codebook_size is 99 of the tokenizer, 16 of the section"):
+        other = facts | {"codebook_size": 99, "num_latent_tokens": 16}
+        models.convert("gigatok-gpt", state, {"heads": 2}, tokenizer=other)
+    rotated = {key: value for key, value in state.items() if key != "positional_embedding"}
+    made = models.convert("llamagen-gpt", rotated, {"heads": 2}, tokenizer=facts)
+    assert made.section["num_latent_tokens"] == 64
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "key", ["quantize.embedding.weight", "s2to1encoder.positional_embedding", "s1to2decoder.positional_embedding"]
+)
+def test_a_turned_table_is_what_is_named(golden, key):
+    state = load_file(golden / "gigatok" / "tok_1d_rot_state.safetensors")
+    state[key] = np.ascontiguousarray(np.moveaxis(state[key], 0, 1))
+    with pytest.raises(ValueError, match=rf"1 keys do not fit.*\n  misshapen: {key} is"):
+        models.convert("gigatok", state, TOKENIZER)
