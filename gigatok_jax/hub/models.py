@@ -103,7 +103,8 @@ def section_of(name: str, shapes: Mapping[str, tuple[int, ...]], fields: Mapping
     try:
         section = layout.keys.section_of(shapes)
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"these are not the weights of {layout.what}: {error} is missing or misshapen") from None
+        told = error if isinstance(error, KeyError) else "a tensor that tells the sizes"
+        raise ValueError(f"these are not the weights of {layout.what}: {told} is missing or misshapen") from None
     if unknown := sorted(fields.keys() - section.keys()):
         raise ValueError(f"the {layout.kind} section has no {', '.join(unknown)}; it has {', '.join(section)}")
     section |= fields

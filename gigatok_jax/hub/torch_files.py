@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.hub.pickles import ORDERED_DICT, Name, Reader
+from gigatok_jax.hub.pickles import ORDERED_DICT, Inert, Name, Reader
 from gigatok_jax.hub.stored import StoredTensor, read_values
 from gigatok_jax.hub.tensors import reading
 
@@ -74,8 +74,12 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _tensor(path: str | Path, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
+def _tensor(path: str | Path, storage: Any, offset: Any, size: Any, stride: Any, *beside: Any) -> StoredTensor | Inert:
     """A view of a flat storage; refuses one that is larger than it, or would read outside it."""
+    if isinstance(storage, Inert):
+        return storage
+    if any(beside[2:]):  # after requires_grad and hooks
+        raise ValueError("a tensor of this file is a negated or conjugated view: save a copy of it")
     sizes = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
     if not isinstance(storage, Storage) or not sizes or not all(map(_is_size, (offset, *size, *stride))):
         raise ValueError("a tensor of this file is malformed")
@@ -93,14 +97,13 @@ def _tensor(path: str | Path, storage: Any, offset: Any, size: Any, stride: Any,
     return StoredTensor(path, size, storage.dtype, read)
 
 
-def _reference(pid: Any, length: int) -> tuple[np.dtype, str, int]:
-    """(dtype, key, count of values) of the storage that a persistent id names."""
+def _reference(pid: Any, length: int) -> tuple[np.dtype | Inert, str, int]:
+    """(dtype, inert where it is not known; key; count of values) of the storage that a persistent id names."""
     if isinstance(pid, tuple) and len(pid) == length and pid[0] == "storage" and isinstance(pid[1], Name):
         _, name, key, _, count, *view = pid
         if isinstance(key, str) and _is_size(count) and view in ([], [None]):
-            if name.text not in _STORAGES:
-                raise ValueError(f"a storage of this file is {name.text}; known are {', '.join(_STORAGES)}")
-            return np.dtype(_STORAGES[name.text]), key, count
+            known = _STORAGES.get(name.text)
+            return (Inert(name.text) if known is None else np.dtype(known)), key, count
     raise ValueError("a storage of this file is malformed")
 
 
@@ -115,8 +118,10 @@ def _read_zip(archive: zipfile.ZipFile, file: BinaryIO, path: str | Path) -> Any
     if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine")
 
-    def stored(pid: Any) -> Storage:
+    def stored(pid: Any) -> Storage | Inert:
         dtype, key, count = _reference(pid, 5)
+        if isinstance(dtype, Inert):
+            return dtype
         member = archive.getinfo(f"{folder}data/{key}")
         if member.file_size < count * dtype.itemsize or member.compress_size != member.file_size:
             raise ValueError("a storage of this file is malformed")
@@ -144,6 +149,8 @@ def _read_legacy(file: BinaryIO, path: str | Path) -> Any:
 
     def stored(pid: Any) -> Storage:
         dtype, key, count = _reference(pid, 6)
+        if isinstance(dtype, Inert):  # of a size that is not known, so that what follows is not found
+            raise ValueError(f"a storage of this file is {dtype.name}; known are {', '.join(_STORAGES)}")
         if count * dtype.itemsize > file_size:
             raise ValueError("a storage of this file is malformed")
 

@@ -109,6 +109,23 @@ def test_every_way_that_tensors_are_kept(torch, state, fields, tmp_path, zipped,
     assert_same_bytes(torch, {key: value for key, value in got.items() if key not in buffers}, kept)
 
 
+def test_dtypes_beside_the_model_need_not_be_known(torch, state, fields, tmp_path):
+    others = [torch.zeros(3, dtype=dtype) for dtype in (torch.complex64, torch.float8_e4m3fn, torch.uint16)]
+    torch.save({"ema": state, "others": others}, tmp_path / "a.pt")
+    got, _ = went_round(torch, "gigatok", tmp_path / "a.pt", tmp_path / "bundle", fields)
+    assert_same_bytes(torch, got, state)
+    torch.save({"ema": {"w": others[0]}}, tmp_path / "b.pt")
+    told = pytest.raises(ValueError, match=r"calls torch\.ComplexFloatStorage where tensors are wanted \(as w\)")
+    with told, published.opened([tmp_path / "b.pt"]):
+        pass
+
+
+def test_negated_views_are_refused(torch, tmp_path):
+    torch.save({"w": torch._neg_view(torch.ones(3))}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a negated or conjugated view"), published.opened([tmp_path / "a.pt"]):
+        pass
+
+
 def test_whole_modules_are_refused(torch, tmp_path):
     torch.save({"model": torch.nn.Linear(3, 3)}, tmp_path / "a.pt")
     told = pytest.raises(ValueError, match=r"calls torch\.nn\.modules\.linear\.Linear where tensors are wanted")
