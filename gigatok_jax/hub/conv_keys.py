@@ -1,4 +1,4 @@
-"""Key lists of the layers that published tokenizers of the VQGAN family are made of."""
+"""Key lists of layers that several published models are made of."""
 
 from collections.abc import Iterator
 

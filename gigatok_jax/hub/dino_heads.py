@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gigatok_jax.hub import keymap
+from gigatok_jax.hub.conv_keys import norm
 from gigatok_jax.hub.keymap import Entry
 
 
@@ -56,9 +57,9 @@ def dino_heads_to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarra
 def _head(head: int, width: int) -> Iterator[Entry]:
     key, path = f"heads.{head}", f"head_{head}"
     yield from _conv(f"{key}.0.0", f"{path}/point_conv", width, width, 1)
-    yield from _norm(f"{key}.0.1", f"{path}/point_norm", width)
+    yield from norm(f"{key}.0.1", f"params/{path}/point_norm", width)
     yield from _conv(f"{key}.1.fn.0", f"{path}/circle_conv", width, width, 9)
-    yield from _norm(f"{key}.1.fn.1", f"{path}/circle_norm", width)
+    yield from norm(f"{key}.1.fn.1", f"params/{path}/circle_norm", width)
     yield from _conv(f"{key}.2", f"{path}/logits", 1, width, 1)
 
 
@@ -67,8 +68,3 @@ def _conv(key: str, path: str, out: int, inp: int, size: int) -> Iterator[Entry]
     yield Entry(f"{key}.bias", (f"params/{path}/bias",), "vector", (out,))
     yield Entry(f"{key}.weight_u", (f"spectral/{path}/u",), "vector", (out,))
     yield Entry(f"{key}.weight_v", (f"spectral/{path}/v",), "vector", (inp * size,))
-
-
-def _norm(key: str, path: str, width: int) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", (f"params/{path}/scale",), "vector", (width,))
-    yield Entry(f"{key}.bias", (f"params/{path}/bias",), "vector", (width,))

@@ -7,6 +7,7 @@ from typing import Any
 
 from gigatok_jax import config
 from gigatok_jax.generators.ar import hidden_width
+from gigatok_jax.hub.conv_keys import dense
 from gigatok_jax.hub.keymap import Entry
 
 
@@ -16,11 +17,6 @@ def _weight(key: str, paths: tuple[str, ...], out: int, inp: int, layer: int | N
 
 def _norm(key: str, path: str, width: int, layer: int | None = None) -> Entry:
     return Entry(f"{key}.weight", (f"{path}/scale",), "vector", (width,), layer)
-
-
-def _biased(key: str, path: str, out: int, inp: int, layer: int | None = None) -> Iterator[Entry]:
-    yield _weight(key, (path,), out, inp, layer)
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (out,), layer)
 
 
 def _layer(cfg: Mapping[str, Any], n: int) -> Iterator[Entry]:
@@ -41,7 +37,7 @@ def _layer(cfg: Mapping[str, Any], n: int) -> Iterator[Entry]:
             path = f"{attention}/{part}/bias"
             yield Entry(f"{key}.attention.{published}.bias", (path,), "vector", (width // cfg["heads"],), n)
     if cfg["modulation"] == "adaln":
-        yield from _biased(f"{key}.adaLN_modulation.1", f"{ours}/modulate", 6 * width, width, n)
+        yield from dense(f"{key}.adaLN_modulation.1", f"{ours}/modulate", 6 * width, width, n)
     if cfg["modulation"] == "shared_adaln":
         yield Entry(f"{key}.ada_gss", (f"{ours}/modulation_table",), "shared_table", (1, 1, 6, width), n)
 
@@ -59,9 +55,9 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
     if cfg["positions"] == "learned":
         listed.append(Entry("positional_embedding", ("token_pos",), "vector", (1 + cfg["num_latent_tokens"], width)))
     if cfg["modulation"] == "shared_adaln":
-        listed.extend(_biased("adaLN.1", "modulate", 6 * width, width))
+        listed.extend(dense("adaLN.1", "modulate", 6 * width, width))
     if cfg["modulation"] != "none":
-        listed.extend(_biased("final_adaLN.1", "modulate_out", 2 * width, width))
+        listed.extend(dense("final_adaLN.1", "modulate_out", 2 * width, width))
     return listed
 
 
