@@ -83,7 +83,7 @@ def test_torch_files_are_read_as_torch_reads_them(torch, tmp_path):
     state["d"] = state["a"].transpose(0, 2)[1:]
     for zipped in (True, False):
         torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-        with published.opened([tmp_path / "a.pth"]) as got:
+        with published.opened([tmp_path / "a.pth"]) as (got, _):
             assert got.keys() == state.keys()
             for key, value in state.items():
                 np.testing.assert_array_equal(got[key], value.numpy())
