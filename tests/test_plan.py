@@ -46,11 +46,11 @@ def test_generators_are_counted():
 
 def test_the_largest_is_counted_without_allocating():
     cfg = config_module("gigatok").get_config("xl-xxl")
-    before = len(jax.live_arrays())
+    before = set(map(id, jax.live_arrays()))  # some of other tests may go meanwhile
     params = plan.tokenizer_shapes(cfg)
     assert plan.count(params) == 2_893_970_443
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
-    assert len(jax.live_arrays()) == before
+    assert before.issuperset(map(id, jax.live_arrays()))
 
 
 @pytest.mark.parametrize(
