@@ -6,11 +6,12 @@ Nothing is unpickled, and nothing outside the folder is read.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from gigatok_jax.hub import content as contents
 from gigatok_jax.hub import huggingface, keymap
 from gigatok_jax.hub.sections import build_model, parameter_shapes
+from gigatok_jax.hub.stored import read_values, starts
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# A tokenizer\'s parts that make ids: who needs no images leaves the rest on disk.
+# A tokenizer's parts that make ids: who needs no images leaves the rest on disk.
 FIRST_STAGE = ("encoder", "bottleneck")
 
 
@@ -127,13 +129,17 @@ def load(path: str | os.PathLike, kind: str | None = None, parts: tuple[str, ...
 
 
 class Leaf(NamedTuple):
-    """A parameter in a file; `leaf[n]` reads its layer n, `leaf[:]` all of it."""
+    """A parameter in a file, from its byte `start` on; `leaf[n]` reads its layer n, `leaf[:]` all of it."""
 
     shape: tuple[int, ...]
-    piece: Any
+    file: BinaryIO
+    start: int
 
-    def __getitem__(self, at: Any) -> np.ndarray:
-        return self.piece[at]
+    def __getitem__(self, at: int | slice) -> np.ndarray:
+        shape = self.shape if isinstance(at, slice) else self.shape[1:]
+        count = math.prod(shape)
+        first = 0 if isinstance(at, slice) else at * count
+        return read_values(self.file, self.start + 4 * first, np.dtype(np.float32), count).reshape(shape)
 
 
 @contextlib.contextmanager
@@ -221,10 +227,11 @@ def _open_weights(
 ) -> dict[str, Leaf]:
     """The parameters, after every name, shape and dtype was compared; metadata, which nothing reads, is refused."""
     try:
-        file = stack.enter_context(safe_open(path, framework="np"))
-        noted = file.metadata()
-        slices = {name: file.get_slice(name) for name in list(file.keys())}
-        stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        with safe_open(path, framework="np") as checked:
+            noted = checked.metadata()
+        file = stack.enter_context(path.open("rb"))  # no memory map, whose pages would count as this process's
+        found = starts(path, file)
+        stored = {name: (shape, code) for name, (code, shape, _) in found.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; copy or export the bundle again") from None
     if noted:
@@ -238,4 +245,4 @@ def _open_weights(
             f"{path} does not hold this model's parameters; {len(wrong)} differ, such as {wrong[0]}: stored "
             f"{stored.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
         )
-    return {name: Leaf(stored[name][0], slices[name]) for name in wanted}
+    return {name: Leaf(stored[name][0], file, found[name][2]) for name in wanted}

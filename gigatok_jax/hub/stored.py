@@ -47,20 +47,32 @@ def open_safetensors(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
       ValueError, SafetensorError: for a damaged file, or a dtype that is not known here.
     """
-    with safe_open(path, framework="np"):  # checks the header and the file's length
-        pass
     dtypes = {code: np.dtype(jnp.dtype(name)) for name, code in DTYPES.items()}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
         state = {}
-        for name, facts in header.items():
-            if facts["dtype"] not in dtypes:
-                raise ValueError(f"{name} has dtype {facts['dtype']}; known are {', '.join(dtypes)}")
-            dtype, shape, start = dtypes[facts["dtype"]], tuple(facts["shape"]), 8 + length + facts["data_offsets"][0]
-            state[name] = StoredTensor(path, shape, dtype, functools.partial(_read, file, start, dtype, shape))
+        for name, (code, shape, start) in starts(path, file).items():
+            if code not in dtypes:
+                raise ValueError(f"{name} has dtype {code}; known are {', '.join(dtypes)}")
+            read = functools.partial(_read, file, start, dtypes[code], shape)
+            state[name] = StoredTensor(path, shape, dtypes[code], read)
         yield state
+
+
+def starts(path: Path, file: BinaryIO) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """{name: (dtype's code, shape, first byte)} of the safetensors file `path`, open as `file`.
+
+    Raises:
+      SafetensorError: for a damaged header, or a file of another length than it says.
+    """
+    with safe_open(path, framework="np"):
+        pass
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (facts["dtype"], tuple(facts["shape"]), 8 + length + facts["data_offsets"][0])
+        for name, facts in header.items()
+    }
 
 
 def _read(file: Any, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
