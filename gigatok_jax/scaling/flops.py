@@ -69,7 +69,7 @@ def flops_by_network(fn: Callable[..., Any], *abstract_args: Any) -> dict[str, F
 def _network(scope: str) -> str:
     """ "transpose(jvp(Tokenizer))/Tokenizer.decode/decoder/cnn" → "Tokenizer/decoder"."""
     names = [re.sub(r"^(?:\w+\()*|\)*$", "", name) for name in scope.split("/")]
-    names = [name for name in names if name and "." not in name]
+    names = [name for name in names if re.fullmatch(r"\w+", name)]
     if names and names[0] == "Tokenizer":
         return "/".join(names[:2])
     return names[0] if names else ""
