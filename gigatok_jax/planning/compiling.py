@@ -153,12 +153,19 @@ def _sample(plan: Blueprint) -> tuple[Any, ...]:
 
 def main(argv: list[str]) -> None:
     request = json.loads(Path(argv[0]).read_text())
-    found = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu")
+    Path(argv[1]).write_text(json.dumps(_facts_or_error(request)))
+
+
+def _facts_or_error(request: Mapping[str, Any]) -> dict[str, Any]:
+    name = request["topology"]
     try:
-        facts = answer(request, found.devices)
+        devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:  # such as a shape that no slice has
+        return {"error": f"topology={name}: {str(error).splitlines()[0]}"}
+    try:
+        return answer(request, devices)
     except (ValueError, OSError) as error:
-        facts = {"error": str(error)}
-    Path(argv[1]).write_text(json.dumps(facts))
+        return {"error": str(error)}
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) 
 
 
 def _failure(program: str, topology: Topology, status: int, log: str) -> str:
-    if ("libtpu" in log and "not found" in log.lower()) or "No module named 'libtpu'" in log:
+    if "TPU support not installed" in log:
         return 'compiling for a TPU needs the package libtpu: pip install "gigatok_jax[tpu]"'
     lines = [line for line in log.splitlines() if line.strip()]
     end = "\n  ".join(lines[-5:])
@@ -117,4 +117,5 @@ def misfit(row: Mapping[str, Any]) -> str:
         f"  {one['size']} {one['shape']} of {one['op'] or 'no named operation'}" for one in row.get("largest", [])
     ]
     said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_per_device']:.1f} GiB of "
-    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device. The largest tensors:", *largest, ADVICE])
+    largest = ["The largest tensors:", *largest] if largest else []
+    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device.", *largest, ADVICE])

@@ -1,5 +1,6 @@
 """Plans for TPUs that are not there: the compiler's process, what is made of its answer, and what it is told."""
 
+import importlib.util
 import json
 
 import jax
@@ -104,3 +105,16 @@ def test_a_config_that_cannot_run_there_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="does not divide over"):
         topology.plan(generator_run(3), named("v5e:2x2"), "train")
+
+
+@pytest.mark.tpu
+def test_a_shape_that_no_slice_has_is_refused():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=r"topology=v5e:7x3: .*not divisible"):
+        topology.plan(generator_run(21), named("v5e:7x3"), "train")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_what_is_missing_is_named():
+    with pytest.raises(RuntimeError, match=r'needs the package libtpu: pip install "gigatok_jax\[tpu\]"'):
+        topology.plan(generator_run(), named("v5e:2x2"), "train")
