@@ -117,6 +117,7 @@ class Run:
                 seed=self.cfg.seed,
                 accumulate=self.cfg.accumulate,
                 mesh=self.mesh,
+                preset=self.cfg.sharding.preset,
                 abstract=self.abstract,
                 frozen=self.frozen,
                 batch=batch,

@@ -6,6 +6,7 @@ divide its dimension, another of the leaf's dimensions takes it; `whole_leaves` 
 optimiser moments lie as their parameters do.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embed|query_proj)/kernel$", ("features", "embed")),
     (r"id_embed/embedding$", ("codes", None)),
     (r"generator/head/kernel$", ("embed", "mlp")),
-    (r"generator/.*modulate(_out)?/kernel$", ("embed", "mlp")),
+    (r"(^|generator/.*)modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"_pos$", (None, "embed")),
     (r"codebook$", ("codes", None)),
 )
@@ -131,34 +132,61 @@ class Placement(NamedTuple):
     """How what is traced lies on its devices; `nn.constrain` applies it.
 
     activations: (array, a logical name or None per dimension) → the array, pinned.
-    weights: pytree of parameters → the same, each leaf whole but for tensor parallelism.
+    weights: pytree of parameters → the same, each leaf whole but for tensor parallelism; their gradients leave split
+      as the parameters are stored.
     """
 
     activations: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
     weights: Callable[[Any], Any]
 
 
-def placement(mesh: Mesh) -> Placement | None:
-    """How a step that is traced lies on a mesh: the batch over the data-parallel devices, weights by tensor only.
+def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
+    """How a step that is traced lies on a mesh; None on one device.
 
-    None on one device.
+    Tokens ("batch") are split over the data-parallel axes; heads, an MLP's inside and weights by `tensor`. Feature maps
+    ("images"), whose convolutions have no tensor parallelism, are split over all three axes where these divide them.
+
+    Args:
+      preset: by which the parameters are stored.
     """
     if mesh.size == 1:
         return None
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def pinned(x: jax.Array, axes: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def activations(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
-        axes = [BATCH_AXES if name == "batch" and size % shards == 0 else None for size, name in zip(x.shape, logical)]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+        return pinned(x, [activation_axes(mesh, size, name) for size, name in zip(x.shape, logical)])
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path_name(path)
         if STACKED in name:
             return leaf
-        axes = [None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh, "fsdp+tensor")]
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+        stored = spec(name, leaf.shape, mesh, preset)
+        whole = [None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh, "fsdp+tensor")]
+        # The gradient is cut right where it is summed over the devices, so that each receives its own part only. To
+        # pin it as stored alone would have the partitioner split the product's other side, and gather the batch.
+        taken = jax.custom_vjp(lambda x: pinned(x, whole))
+        taken.defvjp(lambda x: (pinned(x, whole), None), lambda _, g: (pinned(pinned(g, whole), stored),))
+        return taken(leaf)
 
     return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params))
+
+
+_ACTIVATIONS = {  # the first that divides a dimension splits it
+    "batch": (BATCH_AXES,),
+    "images": (MESH_AXES, BATCH_AXES),
+    "heads": (("tensor",),),
+    "mlp": (("tensor",),),
+}
+
+
+def activation_axes(mesh: Mesh, size: int, name: str | None) -> tuple[str, ...] | None:
+    """The mesh axes that split a dimension of `size` entries with a logical name; None leaves it whole."""
+    for axes in _ACTIVATIONS.get(name, ()):
+        if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            return axes
+    return None
 
 
 def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def make_train_step(
     return step_fn
 
 
-def compile_step(
+def lower_step(
     objective: Any,
     groups: Mapping[str, optim.Group],
     phase: Any,
@@ -64,16 +64,22 @@ def compile_step(
     seed: int,
     accumulate: int,
     mesh: Mesh,
+    preset: str,
     abstract: TrainState,
     frozen: Any,
     batch: Mapping[str, Any],
-) -> jax.stages.Compiled:
-    """The compiled step of a phase: the state is donated and the new one lies where it lay."""
-    placement = sharding.placement(mesh)
+) -> jax.stages.Lowered:
+    """The step of a phase, ready to compile: the state is donated and the new one lies where it lay."""
+    placement = sharding.placement(mesh, preset)
     fn = make_train_step(objective, groups, phase, seed=seed, accumulate=accumulate, placement=placement)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jitted = jax.jit(fn, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
-    return jitted.lower(abstract, frozen, batch).compile()
+    return jitted.lower(abstract, frozen, batch)
+
+
+def compile_step(*args: Any, **options: Any) -> jax.stages.Compiled:
+    """`lower_step`, compiled."""
+    return lower_step(*args, **options).compile()
 
 
 def check_phases(objective: Any, num_steps: int, rows: int, abstract: TrainState, frozen: Any) -> None:

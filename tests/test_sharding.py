@@ -64,6 +64,7 @@ def compiled_text(name):
         seed=0,
         accumulate=1,
         mesh=mesh,
+        preset=preset,
         abstract=train_state.abstract(objective, groups, 0, mesh, preset),
         frozen={},
         batch=sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch),
@@ -84,7 +85,7 @@ def test_the_compiled_step_keeps_the_batch_split():
 
 
 def test_a_lost_batch_constraint_would_be_seen(monkeypatch):
-    monkeypatch.setattr(sharding, "placement", lambda mesh: None)
+    monkeypatch.setattr(sharding, "placement", lambda mesh, preset: None)
     assert full_batch_arrays(compiled_text("fsdp"))
 
 

@@ -31,9 +31,8 @@ def train_call(plan: Blueprint, phase: Phase) -> Call:
     options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
     networks = frozen.of_config(cfg, mesh)
     started = time.monotonic()
-    compiled = compile_step(
-        plan.objective, plan.groups, phase, **options, mesh=mesh, abstract=abstract, frozen=networks, batch=batch
-    )
+    values = dict(mesh=mesh, preset=cfg.sharding.preset, abstract=abstract, frozen=networks, batch=batch)
+    compiled = compile_step(plan.objective, plan.groups, phase, **options, **values)
     seconds = time.monotonic() - started
     flops = count_flops(make_train_step(plan.counted, plan.groups, phase, **options), abstract, networks, batch)
     return Call(lambda state: compiled(state, networks, batch), compiled, seconds, cfg.global_batch, flops)

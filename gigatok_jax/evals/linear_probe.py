@@ -245,7 +245,7 @@ class LinearProbe:
         return sharding.place_batch(rows, self.mesh, self.recipe.batch)
 
     def _compiled(self, batch: Mapping[str, jax.Array]) -> jax.stages.Compiled:
-        settings = {"seed": self.recipe.seed, "accumulate": 1, "mesh": self.mesh}
+        settings = {"seed": self.recipe.seed, "accumulate": 1, "mesh": self.mesh, "preset": "replicated"}
         values = {"abstract": self._abstract, "frozen": self.frozen, "batch": batch}
         return compile_step(self.objective, self.groups, None, **settings, **values)
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, packed_xavier, small_normal
 
 IMPLEMENTATIONS = ("xla", "cudnn")
@@ -66,7 +67,8 @@ class MultiHeadAttention(nn.Module):
 
         def heads(name: str, x: jax.Array) -> jax.Array:
             x = nn.Dense(width, dtype=self.dtype, kernel_init=packed_xavier, name=name)(x)
-            return x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
+            x = x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
+            return constrain(x, "batch", None, "heads", None)
 
         x_BQGE = attend(
             heads("query", q_BQD), heads("key", k_BND), heads("value", v_BND), implementation=self.implementation

@@ -69,7 +69,10 @@ class CausalAttention(nn.Module):
 
     def _heads(self, x_BND: jax.Array, rope: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         B, N, _ = x_BND.shape
-        q, k, v = (dense(x_BND).reshape(B, N, self.num_heads, -1) for dense in (self.query, self.key, self.value))
+        q, k, v = (
+            constrain(dense(x_BND).reshape(B, N, self.num_heads, -1), "batch", None, "heads", None)
+            for dense in (self.query, self.key, self.value)
+        )
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
@@ -105,7 +108,7 @@ class SwiGlu(nn.Module):
             return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=self.kernel_init, name=name)
 
         gated = nn.silu(dense(self.hidden, "gate")(x_BND)) * dense(self.hidden, "in")(x_BND)
-        return dense(x_BND.shape[-1], "out")(gated)
+        return dense(x_BND.shape[-1], "out")(constrain(gated, "batch", None, "mlp"))
 
 
 class CausalLayer(nn.Module):

@@ -23,7 +23,7 @@ class Conv(nn.Conv):
     conv_general_dilated: Any = conv_gradient.conv_general_dilated
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return constrain(super().__call__(constrain(x_BHWC, "batch", None, None, None)), "batch", None, None, None)
+        return constrain(super().__call__(constrain(x_BHWC, "images", None, None, None)), "images", None, None, None)
 
 
 def conv(
@@ -56,7 +56,7 @@ class ResnetBlock(nn.Module):
         h = conv(self.features, 3, self.dtype, "conv2", self.kernel_init)(h)
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = conv(self.features, 1, self.dtype, "shortcut", self.kernel_init)(x_BHWC)
-        return constrain(x_BHWC + h, "batch", None, None, None)
+        return constrain(x_BHWC + h, "images", None, None, None)
 
 
 class AttentionBlock(nn.Module):

@@ -50,7 +50,7 @@ class Mlp(nn.Module):
             x_BNF = ACTIVATIONS[self.kind](x_BNF)
         else:
             raise ValueError(f"MLP {self.kind!r} is not one of swiglu, {', '.join(ACTIVATIONS)}")
-        return dense(width, name="out")(x_BNF)
+        return dense(width, name="out")(constrain(x_BNF, "batch", None, "mlp"))
 
 
 class ViTLayer(nn.Module):

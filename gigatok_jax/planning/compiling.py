@@ -25,7 +25,7 @@ from gigatok_jax.hub import frozen
 from gigatok_jax.sampling import precision
 from gigatok_jax.scaling import hlo
 from gigatok_jax.scaling.flops import count_flops, flops_by_network
-from gigatok_jax.train_step import make_train_step
+from gigatok_jax.train_step import lower_step, make_train_step
 
 SCALE = 1.75  # guidance of the sampling that is planned: it doubles the batch, whatever it is
 
@@ -40,9 +40,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
     """
     plan = build(ConfigDict(request["config"]), devices)
     lower = {"train": _train, "encode": _encode, "sample": _sample}[request["program"]]
-    fn, args, out_shardings, donated, flops = lower(plan)
     started = time.monotonic()
-    lowered = jax.jit(fn, donate_argnums=donated, out_shardings=out_shardings).lower(*args)
+    lowered, args, flops = lower(plan)
     facts = {
         "program": request["program"],
         "mesh": dict(plan.mesh.shape),
@@ -108,10 +107,13 @@ def _batch(plan: Blueprint, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _train(plan: Blueprint) -> tuple[Any, ...]:
+Lowered = tuple[jax.stages.Lowered, tuple[Any, ...], dict[str, Any]]  # with its arguments and FLOPs
+
+
+def _train(plan: Blueprint) -> Lowered:
     """The step of the run's last phase: every loss, frozen network, optimiser and average that it ends with."""
     cfg, mesh = plan.cfg, plan.mesh
-    phase, placement = plan.objective.phase(cfg.num_steps - 1), sharding.placement(mesh)
+    phase = plan.objective.phase(cfg.num_steps - 1)
     options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
     args = plan.abstract, frozen.abstract(cfg, mesh), _batch(plan, cfg.global_batch)
     networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args)
@@ -121,20 +123,20 @@ def _train(plan: Blueprint) -> tuple[Any, ...]:
         "model": count_flops(plain, *args).total,
         "networks": {name: part.total for name, part in networks.items()},
     }
-    step = make_train_step(plan.objective, plan.groups, phase, **options, placement=placement)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-    return step, args, (placed, sharding.replicated(mesh)), 0, flops
+    values = dict(zip(("abstract", "frozen", "batch"), args))
+    where = dict(mesh=mesh, preset=cfg.sharding.preset)
+    return lower_step(plan.objective, plan.groups, phase, **options, **where, **values), args, flops
 
 
-def _encode(plan: Blueprint) -> tuple[Any, ...]:
+def _encode(plan: Blueprint) -> Lowered:
     rows = plan.cfg.global_batch // plan.cfg.accumulate
     args = plan.abstract.params["tokenizer"], _batch(plan, rows)["image"]
     flops = count_flops(programs.inference(plan.counted, "encode", plan.mesh), *args).total
     fn = programs.inference(plan.objective, "encode", plan.mesh)
-    return fn, args, sharding.batch_sharding(plan.mesh), (), {"hardware": flops, "model": flops}
+    return _split_output(plan, fn).lower(*args), args, {"hardware": flops, "model": flops}
 
 
-def _sample(plan: Blueprint) -> tuple[Any, ...]:
+def _sample(plan: Blueprint) -> Lowered:
     """Prefill and all positions, with guidance, from bfloat16 weights where the config's are."""
     rows, dtype = plan.cfg.global_batch // plan.cfg.accumulate, plan.cfg.dtype
     depth = plan.objective.generator.stack.depth
@@ -148,7 +150,11 @@ def _sample(plan: Blueprint) -> tuple[Any, ...]:
     args = held, _batch(plan, rows)["label"]
     fn = programs.sampler(plan, rows, SCALE, dtype)
     flops = count_flops(fn, *args).total
-    return fn, args, sharding.batch_sharding(plan.mesh), (), {"hardware": flops, "model": flops}
+    return _split_output(plan, fn).lower(*args), args, {"hardware": flops, "model": flops}
+
+
+def _split_output(plan: Blueprint, fn: Any) -> Any:
+    return jax.jit(fn, out_shardings=sharding.batch_sharding(plan.mesh))
 
 
 def main(argv: list[str]) -> None:

@@ -58,6 +58,6 @@ def test_the_published_xxl_lies_over_eight_devices():
     assert share < 2e-3 and all("class_embed" in name for name in large)  # 1001 rows
     placed = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for name, x in objective.batch(512).items()}
-    options = dict(seed=0, accumulate=1, mesh=mesh, abstract=abstract, frozen={}, batch=batch)
+    options = dict(seed=0, accumulate=1, mesh=mesh, preset=preset, abstract=abstract, frozen={}, batch=batch)
     text = compile_step(objective, groups, objective.phase(0), **options).as_text()
     assert "s32[128,256]" in text and not re.findall(r"\w+\[512,[^\]]*256[^\]]*\]", text)
