@@ -8,6 +8,7 @@ are not there (libtpu, extra `tpu`). Bytes and counts are the compiler's; second
 in `scaling/projection.py`. The last line printed is one JSON object. Nothing is allocated.
 """
 
+import functools
 import json
 import math
 import re
@@ -22,9 +23,10 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, objectives, program
-from gigatok_jax.planning import picture, topology
+from gigatok_jax.planning import golden as records
+from gigatok_jax.planning import picture, search, topology
 from gigatok_jax.scaling import chips
-from gigatok_jax.sharding import path_name
+from gigatok_jax.sharding import MESH_AXES, path_name
 
 # The first pattern that a parameter's path begins with names its part.
 PARTS = {
@@ -137,6 +139,11 @@ def define_flags() -> None:
     flags.DEFINE_list("mesh", [], "Axis sizes in place of the config's, e.g. fsdp=16,tensor=4; data takes the rest.")
     flags.DEFINE_list("what", [], "Programs to compile: train, encode, sample; by default all that the config has.")
     flags.DEFINE_string("out", "", "A folder for plan.json and plan.png.")
+    flags.DEFINE_bool("search", False, "Compile the train step on several meshes and put the cheapest first.")
+    flags.DEFINE_integer("tries", 4, "Meshes that --search compiles.", lower_bound=1)
+    flags.DEFINE_bool("largest_batch", False, "Compile the train step with ever larger batches, up to what fits.")
+    flags.DEFINE_string("golden", "", "A folder of recorded shardings and collectives that the plan must equal.")
+    flags.DEFINE_bool("update_golden", False, "Record them there instead.")
     flags.mark_flag_as_required("config")
 
 
@@ -160,31 +167,79 @@ def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
 
 
 def plan_topologies(
-    cfg: ConfigDict, names: Sequence[str], what: Sequence[str] = (), out: str = ""
-) -> list[dict[str, Any]]:
-    """A row per program and topology (see `planning.topology.plan`), printed as they come; pictures under `out`.
+    cfg: ConfigDict,
+    names: Sequence[str],
+    what: Sequence[str] = (),
+    out: str = "",
+    *,
+    tries: int = 0,
+    grow: bool = False,
+    golden: str = "",
+    update: bool = False,
+) -> dict[str, Any]:
+    """{"plans": a row per program and topology, see `planning.topology.plan`}; prints a table, draws under `out`.
 
+    Args:
+      tries: meshes of the train step to compile, the cheapest of which is "cheapest_mesh"; 0: the config's.
+      grow: whether to look for "largest_batch", the largest of the train step that fits.
+      golden, update: a folder of records that rows must equal, or are to be written to (see `planning.golden`).
     Raises:
-      ValueError, RuntimeError: as `planning.topology.plan`.
+      ValueError, RuntimeError: as `planning.topology.plan`; a row is not as recorded, once all are printed.
     """
     topologies = [chips.topology(name) for name in names]
     known = topology.PROGRAMS[cfg.objective]
     if unknown := set(what) - set(known):
         raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(sorted(unknown))}, but {known}")
     rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"plans": rows}
     for where in topologies:
-        for name in what or known:
-            print(f"compiling {name} for {where.name} …", file=sys.stderr, flush=True)
-            rows.append(topology.plan(cfg, where, name))
-            if not rows[-1]["fits"]:
-                print(topology.misfit(rows[-1]))
+        planned = functools.partial(_planned, where, {})
+        if tries or grow:
+            found |= _searched(cfg, where, planned, tries, grow, rows)
+        else:
+            rows += [planned(cfg, name) for name in what or known]
     print(topology.table(rows))
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
         picture.picture(rows).save(Path(out) / "plan.png")
         print(f"{out}/plan.png")
-    return rows
+    if golden:
+        for row in rows:
+            records.check(cfg, row, Path(golden), update)
+    return found
+
+
+def _planned(
+    where: chips.Topology, made: dict[str, dict[str, Any]], cfg: ConfigDict, name: str = "train"
+) -> dict[str, Any]:
+    """A row, made once for equal requests."""
+    key = name + config.to_json(cfg)
+    if key not in made:
+        sizes = "×".join(str(cfg.mesh[axis]) for axis in MESH_AXES)
+        said = f"compiling {name} for {where.name}, mesh {sizes}, batch {cfg.global_batch} …"
+        print(said, file=sys.stderr, flush=True)
+        made[key] = topology.plan(cfg, where, name)
+        if not made[key]["fits"]:
+            print(topology.misfit(made[key]))
+    return made[key]
+
+
+def _searched(
+    cfg: ConfigDict, where: chips.Topology, planned: search.Planned, tries: int, grow: bool, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Adds the rows that a search compiled to `rows`; {"cheapest_mesh", "largest_batch"} as asked for."""
+    found: dict[str, Any] = {}
+    if tries:
+        by_price = search.cheapest_mesh(cfg, where, planned, lambda cfg: topology.least(cfg, where), tries)
+        rows += by_price
+        found["cheapest_mesh"] = by_price[0]["mesh"]
+        cfg = search.on(cfg, found["cheapest_mesh"])
+    if grow:
+        grown = search.largest_batch(cfg, planned)
+        rows += [row for row in grown if row not in rows]
+        found["largest_batch"] = max((row["images"] for row in grown if row["fits"]), default=0)
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -199,8 +254,17 @@ def main(argv: list[str]) -> None:
             table, facts = plan_params(FLAGS.config, FLAGS.depth)
             print(table)
         else:
-            rows = plan_topologies(with_mesh(FLAGS.config, FLAGS.mesh), FLAGS.topology, FLAGS.what, FLAGS.out)
-            facts = rows[0] if len(rows) == 1 else {"plans": rows}
+            facts = plan_topologies(
+                with_mesh(FLAGS.config, FLAGS.mesh),
+                FLAGS.topology,
+                FLAGS.what,
+                FLAGS.out,
+                tries=FLAGS.tries if FLAGS.search else 0,
+                grow=FLAGS.largest_batch,
+                golden=FLAGS.golden,
+                update=FLAGS.update_golden,
+            )
+            facts = facts["plans"][0] if len(facts) == len(facts["plans"]) == 1 else facts
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(facts))

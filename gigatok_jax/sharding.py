@@ -164,8 +164,8 @@ def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
             return leaf
         stored = spec(name, leaf.shape, mesh, preset)
         whole = [None if axis == "fsdp" else axis for axis in spec(name, leaf.shape, mesh, "fsdp+tensor")]
-        # The gradient is cut right where it is summed over the devices, so that each receives its own part only. To
-        # pin it as stored alone would have the partitioner split the product's other side, and gather the batch.
+        # The gradient is cut right where it is summed over the devices: a scan stacks the parts. Pinned as stored
+        # alone, it would have the partitioner split the product that makes it, and gather the batch for that.
         taken = jax.custom_vjp(lambda x: pinned(x, whole))
         taken.defvjp(lambda x: (pinned(x, whole), None), lambda _, g: (pinned(pinned(g, whole), stored),))
         return taken(leaf)

@@ -81,7 +81,7 @@ class _ConvNet(nn.Module):
 
     Fields: `base` channels times `multipliers` per level (the first is the finest), `blocks` residual blocks a level.
     With `attention`, a self-attention follows each block of the coarsest level and sits between the two middle blocks.
-    `remat` keeps a block's input only and computes the rest again on the way back.
+    `remat` keeps the inputs of blocks and norms only and computes the rest again on the way back.
     """
 
     base: int = 128
@@ -111,7 +111,11 @@ class _ConvNet(nn.Module):
 
     def out(self, x_BHWC: jax.Array, features: int) -> jax.Array:
         """GN → swish → conv."""
-        return self.conv(features, "conv_out")(nn.swish(group_norm(self.groups, self.dtype, "norm_out")(x_BHWC)))
+
+        def last(self: "_ConvNet", x_BHWC: jax.Array) -> jax.Array:
+            return self.conv(features, "conv_out")(nn.swish(group_norm(self.groups, self.dtype, "norm_out")(x_BHWC)))
+
+        return (nn.remat(last) if self.remat else last)(self, x_BHWC)
 
 
 class ConvEncoder(_ConvNet):
@@ -152,10 +156,9 @@ class ConvDecoder(_ConvNet):
         x = self.middle(self.conv(self.base * self.multipliers[-1], "conv_in")(z_BHWC))
         for level, multiplier in enumerate(reversed(self.multipliers)):
             if not self.plain:
-                norm = AdaptiveGroupNorm(
-                    self.groups, self.scale_init, self.dtype, self.kernel_init, name=f"level{level}_adaptive"
-                )
-                x = norm(x, z_BHWC)
+                norm = nn.remat(AdaptiveGroupNorm) if self.remat else AdaptiveGroupNorm
+                sizes = self.groups, self.scale_init, self.dtype, self.kernel_init
+                x = norm(*sizes, name=f"level{level}_adaptive")(x, z_BHWC)
             for block in range(self.blocks):
                 attention = f"level{level}_attention{block}" if level == 0 else None
                 x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)

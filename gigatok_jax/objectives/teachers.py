@@ -27,7 +27,8 @@ def perceptual(name: str, dtype: Any = jnp.float32, remat: bool = False) -> Call
     def distance(params: Mapping[str, Any], image: jax.Array, target: jax.Array) -> jax.Array:
         wanted = jax.lax.stop_gradient(maps(params, target))
         heads = [params["heads"][f"lin{n}"] for n in range(len(wanted))]
-        return jnp.mean(lpips(maps(params, image), wanted, heads))
+        # Of the comparison the maps alone are kept: in float32, its unit vectors take twice their room.
+        return jnp.mean(jax.checkpoint(lpips)(maps(params, image), wanted, heads))
 
     return distance
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from gigatok_jax import programs, sharding
+from gigatok_jax import optim, programs, sharding
 from gigatok_jax.blueprint import Blueprint, build, counted
 from gigatok_jax.hub import frozen
 from gigatok_jax.sampling import precision
-from gigatok_jax.scaling import hlo
+from gigatok_jax.scaling import hlo, memory
 from gigatok_jax.scaling.flops import count_flops, flops_by_network
 from gigatok_jax.train_step import lower_step, make_train_step
 
@@ -34,11 +34,14 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
     """The facts of one program on `devices`; see `facts_of`.
 
     Args:
-      request: "config" (JSON of a config), "program" ("train", "encode" or "sample").
+      request: "config" (JSON of a config), "program" ("train", "encode", "sample", or "ideal": of the train step what
+        `scaling.memory` says alone, without compiling).
     Raises:
       ValueError: for a config that cannot run on these devices.
     """
     plan = build(ConfigDict(request["config"]), devices)
+    if request["program"] == "ideal":
+        return {"mesh": dict(plan.mesh.shape), "ideal": ideal(plan)._asdict()}
     lower = {"train": _train, "encode": _encode, "sample": _sample}[request["program"]]
     started = time.monotonic()
     lowered, args, flops = lower(plan)
@@ -49,6 +52,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         "flops": flops,
         "argument_bytes": {name: shard_bytes(value) for name, value in zip(("state", "frozen", "batch"), args)},
     }
+    if request["program"] == "train":
+        facts["ideal"] = ideal(plan)._asdict()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -59,8 +64,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
 
 
 def facts_of(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" (see
-    `scaling.hlo.memory_traffic`), and "collectives" a step, by kind and the largest of them."""
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" and, a step,
+    "collectives" by kind, by place and the largest of them (see `scaling.hlo`)."""
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     found = hlo.collectives(text)
@@ -73,6 +78,7 @@ def facts_of(compiled: jax.stages.Compiled) -> dict[str, Any]:
         },
         "traffic": hlo.memory_traffic(text),
         "collectives": hlo.by_kind(found),
+        "collective_places": hlo.by_place(found),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
     }
 
@@ -107,6 +113,11 @@ def _batch(plan: Blueprint, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def _arguments(plan: Blueprint) -> tuple[Any, ...]:
+    """(state, frozen networks, batch) of the train step, placed."""
+    return plan.abstract, frozen.abstract(plan.cfg, plan.mesh), _batch(plan, plan.cfg.global_batch)
+
+
 Lowered = tuple[jax.stages.Lowered, tuple[Any, ...], dict[str, Any]]  # with its arguments and FLOPs
 
 
@@ -115,7 +126,7 @@ def _train(plan: Blueprint) -> Lowered:
     cfg, mesh = plan.cfg, plan.mesh
     phase = plan.objective.phase(cfg.num_steps - 1)
     options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
-    args = plan.abstract, frozen.abstract(cfg, mesh), _batch(plan, cfg.global_batch)
+    args = _arguments(plan)
     networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args)
     plain = make_train_step(counted(cfg, recomputed=False), plan.groups, phase, **options)
     flops = {
@@ -126,6 +137,37 @@ def _train(plan: Blueprint) -> Lowered:
     values = dict(zip(("abstract", "frozen", "batch"), args))
     where = dict(mesh=mesh, preset=cfg.sharding.preset)
     return lower_step(plan.objective, plan.groups, phase, **options, **where, **values), args, flops
+
+
+def ideal(plan: Blueprint) -> memory.Ideal:
+    """What the step that `_train` lowers must hold at least on a device.
+
+    Tensor parallelism is not modelled: activations are those of a data-parallel device's rows.
+    """
+    cfg, objective = plan.cfg, plan.counted
+    phase = objective.phase(cfg.num_steps - 1)
+    rows = cfg.global_batch // cfg.accumulate // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
+    params = {name: plan.abstract.params[name] for name in objective.active(phase)}
+    idle = {name: value for name, value in plan.abstract.params.items() if name not in params}
+    loss_fn = objective.loss(phase)
+
+    def loss(params: Any, batch: Any, idle: Any, state: Any, networks: Any, key: Any, step: Any) -> Any:
+        params = {name: optim.freeze(plan.groups[name], value) for name, value in params.items()}
+        return loss_fn({**params, **idle}, state, networks, batch, key, step)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rest = idle, plan.abstract.state, frozen.abstract(cfg, plan.mesh), key, plan.abstract.step
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, objective.batch(rows), rest)
+    )
+    params, batch, rest = shapes
+    gradients = sum(shard_bytes({name: plan.abstract.params[name] for name in params}).values())
+    return memory.Ideal(
+        sum(sum(shard_bytes(part).values()) for part in _arguments(plan)),
+        gradients * (1 + (cfg.accumulate > 1)),  # of a microbatch, and their sum
+        memory.saved_bytes(loss, params, batch, *rest),
+        memory.working_bytes(loss, params, batch, *rest),
+    )
 
 
 def _encode(plan: Blueprint) -> Lowered:

@@ -24,8 +24,9 @@ _ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 3600.0) -> dict[str, Any]:
     """What one program of a config needs on a topology, as in the answer of `planning.compiling` and, where it fits:
 
-    hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, bound, collective_bytes_per_step; of the
-    train step also the run's chip_hours and images.
+    hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, the same two "in_turn" (see
+    `scaling.projection`), bound, collective_bytes_per_step, flops_per_byte; of the train step also over_ideal
+    (the memory against `scaling.memory`'s) and the run's chip_hours and images.
 
     Raises:
       ValueError: the config cannot run there, naming why.
@@ -48,14 +49,26 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
         "projected_step_seconds": projection.step,
         "projected_seconds": {name: getattr(projection, name) for name in ("compute", "memory", "links")},
         "projected_mfu": projection.mfu,
+        "projected_step_seconds_in_turn": projection.in_turn,
+        "projected_mfu_in_turn": projection.mfu * projection.step / projection.in_turn,
         "bound": projection.bound,
         "collective_bytes_per_step": sum(kind["bytes"] for kind in facts["collectives"].values()),
         "flops_per_byte": facts["flops"]["hardware"] / topology.chips / facts["traffic"],
     }
     if program == "train":
+        row["over_ideal"] = facts["memory"]["peak"] / sum(facts["ideal"].values())
         row["chip_hours"] = projection.step * cfg.num_steps * topology.chips / 3600
         row["images_of_the_run"] = cfg.num_steps * cfg.global_batch
     return row
+
+
+def least(cfg: ConfigDict, topology: Topology) -> int:
+    """Bytes that a device must hold at least of the train step; see `scaling.memory`. Nothing is compiled.
+
+    Raises:
+      ValueError: the config cannot run there, naming why.
+    """
+    return sum(compiled(cfg, topology, "ideal", timeout=600.0)["ideal"].values())
 
 
 def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) -> dict[str, Any]:
@@ -97,16 +110,21 @@ ADVICE = (
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:
-    """A line per program: memory, projected time and what bounds it."""
-    lines = [("program", "topology", "mesh", "HBM GiB", "of", "fits", "step s", "MFU", "bound", "links MiB")]
+    """A line per program: memory, projected time and what bounds it; of steps and MFU both bounds."""
+    lines = [("program", "topology", "mesh", "batch", "HBM GiB", "of", "×ideal", "fits")]
+    lines[0] += ("step s", "MFU", "bound", "FLOP/B", "links MiB")
     for row in rows:
         mesh = "×".join(str(size) for size in row["mesh"].values())
         memory = f"{row['hbm_gib_per_device']:.2f}", f"{row['hbm_gib_limit']:g}", "yes" if row["fits"] else "no"
-        rest = ("", "", "", "")
+        ideal = f"{row['over_ideal']:.2f}" if "over_ideal" in row else ""
+        rest = ("",) * 5
         if "bound" in row:
+            seconds = f"{row['projected_step_seconds']:.4g}–{row['projected_step_seconds_in_turn']:.4g}"
+            mfu = f"{row['projected_mfu']:.0%}–{row['projected_mfu_in_turn']:.0%}"
             moved = f"{row['collective_bytes_per_step'] / 2**20:.0f}"
-            rest = f"{row['projected_step_seconds']:.4g}", f"{row['projected_mfu']:.0%}", row["bound"], moved
-        lines.append((row["program"], row["topology"], mesh, *memory, *rest))
+            rest = seconds, mfu, row["bound"], f"{row['flops_per_byte']:.0f}", moved
+        images = str(row["images"])
+        lines.append((row["program"], row["topology"], mesh, images, *memory[:2], ideal, memory[2], *rest))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

@@ -189,6 +189,19 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
     return dict(sorted(kinds.items()))
 
 
+def by_place(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """{kind: {modules that asked for it, numbers as "#": count}}, of names cut to four."""
+    places: dict[str, Counter[str]] = {}
+    for one in found:
+        places.setdefault(one.kind, Counter())["/".join(numberless(one.op).split("/")[1:5])] += one.count
+    return {kind: dict(sorted(counts.items())) for kind, counts in sorted(places.items())}
+
+
+def numberless(name: str) -> str:
+    """ "level0_block1" → "level#_block#": equal layers have one name."""
+    return re.sub(r"\d+", "#", name)
+
+
 _FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call")
 _MARKS = (
     "AllocateBuffer",

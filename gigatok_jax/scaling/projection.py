@@ -7,8 +7,10 @@ Of one device and step:
     links    = bytes that collectives send / half of the links' bandwidth, which counts both directions
     step     = the longest of the three: each is at its peak, and they overlap wholly
     MFU      = FLOPs without recomputation / (devices · peak FLOP/s · step)
+    in turn  = the sum of the three: each is at its peak, and nothing overlaps
 
-Real steps take longer: matrix units are rarely full, and collectives wait.
+Real steps take longer than the first: matrix units are rarely full, and collectives wait. With full units they lie
+between the first and the last.
 """
 
 from collections.abc import Mapping
@@ -29,6 +31,11 @@ class Projection(NamedTuple):
     def step(self) -> float:
         """Seconds of a step."""
         return max(self.compute, self.memory, self.links)
+
+    @property
+    def in_turn(self) -> float:
+        """Seconds of a step of which nothing overlaps."""
+        return self.compute + self.memory + self.links
 
     @property
     def bound(self) -> str:
