@@ -1,0 +1,90 @@
+"""Which meshes are tried and which is cheapest; how the largest batch is found."""
+
+import pytest
+
+from gigatok_jax.planning import search
+from gigatok_jax.scaling.chips import topology
+from tests.tiny import tiny_run
+
+V5E = topology("v5e:2x4")
+
+
+def small(**changes):
+    cfg = tiny_run(global_batch=16, **changes)
+    return cfg
+
+
+def test_meshes_hold_the_chips_and_divide_batch_and_heads():
+    heads = {small().tokenizer.encoder_heads, small().tokenizer.decoder_heads}
+    found = list(search.meshes(small(sharding__preset="fsdp+tensor"), V5E))
+    for mesh in found:
+        assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 8
+        assert 16 % (mesh["data"] * mesh["fsdp"]) == 0 and not any(n % mesh["tensor"] for n in heads)
+    assert {"data": 1, "fsdp": 8, "tensor": 1} in found and any(mesh["tensor"] == 2 for mesh in found)
+    assert [mesh["tensor"] for mesh in found] == sorted(mesh["tensor"] for mesh in found)
+    assert {mesh["tensor"] for mesh in search.meshes(small(), V5E)} == {1}  # its preset splits nothing so
+
+
+def test_the_cheapest_of_those_that_may_fit():
+    """Meshes whose least memory is over the chip's are not compiled; of equal steps the one with less in turn wins."""
+    asked = []
+
+    def planned(cfg):
+        asked.append(cfg.mesh.fsdp)
+        return {
+            "mesh": cfg.mesh.to_dict(),
+            "projected_step_seconds": 1.0,
+            "projected_step_seconds_in_turn": {2: 1.5, 4: 1.2, 8: 1.4}[cfg.mesh.fsdp],
+        }
+
+    least = lambda cfg: 2**40 if cfg.mesh.fsdp == 1 else 2**30  # noqa: E731
+    rows = search.cheapest_mesh(small(), V5E, planned, least, tries=3)
+    assert asked == [2, 4, 8] and [row["mesh"]["fsdp"] for row in rows] == [4, 8, 2]
+    with pytest.raises(ValueError, match="no mesh of v5e:2x4 holds config.global_batch=16"):
+        search.cheapest_mesh(small(), V5E, planned, lambda cfg: 2**40, tries=3)
+
+
+def memory(fixed, per_image, limit, bend=0.0):
+    """A step of so many GiB: what does not grow, what an image takes, and what makes large batches dearer."""
+    asked = []
+
+    def planned(cfg):
+        images = cfg.global_batch
+        asked.append(images)
+        needs = fixed + per_image * images + bend * images**2
+        return {
+            "images": images,
+            "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+            "fits": needs <= limit,
+            "hbm_gib_per_device": needs,
+            "hbm_gib_limit": limit,
+            "ideal": {"stored": fixed * 2**30, "gradients": 0, "saved": 0, "working": 0},
+        }
+
+    return planned, asked
+
+
+def fitting(rows):
+    return [row["images"] for row in rows if row["fits"]]
+
+
+def test_the_largest_batch_by_one_prediction():
+    planned, asked = memory(fixed=2, per_image=0.01, limit=16)
+    assert (
+        max(fitting(search.largest_batch(small(), planned))) == 1344
+    )  # below (0.97 · 16 − 2) / 0.01 = 1352, less rounding
+    assert asked == [16, 1344]
+
+
+def test_a_batch_that_did_not_fit_bounds_the_next():
+    planned, asked = memory(fixed=2, per_image=0.01, limit=16, bend=1e-5)
+    best = max(fitting(search.largest_batch(small(), planned)))
+    assert 16 < best < asked[1] and 2 + 0.01 * best + 1e-5 * best**2 <= 16
+
+
+def test_where_nothing_fits_smaller_batches_are_tried():
+    planned, asked = memory(fixed=2, per_image=2.0, limit=24)
+    rows = search.largest_batch(small(), planned)
+    assert asked[0] == 16 and not rows[0]["fits"] and fitting(rows) == [8]
+    planned, _ = memory(fixed=30, per_image=1.0, limit=24)
+    assert fitting(search.largest_batch(small(), planned)) == []
