@@ -214,7 +214,7 @@ def _planned(
     where: chips.Topology, made: dict[str, dict[str, Any]], cfg: ConfigDict, name: str = "train"
 ) -> dict[str, Any]:
     """A row, made once for equal requests."""
-    key = name + config.to_json(cfg)
+    key = json.dumps([name, config.to_json(cfg)])
     if key not in made:
         sizes = "×".join(str(cfg.mesh[axis]) for axis in MESH_AXES)
         said = f"compiling {name} for {where.name}, mesh {sizes}, batch {cfg.global_batch} …"

@@ -2,7 +2,9 @@
 
 import pytest
 
+from gigatok_jax import plan
 from gigatok_jax.planning import search
+from gigatok_jax.planning import topology as topology_module
 from gigatok_jax.scaling.chips import topology
 from tests.tiny import tiny_run
 
@@ -40,7 +42,7 @@ def test_the_cheapest_of_those_that_may_fit():
     least = lambda cfg: 2**40 if cfg.mesh.fsdp == 1 else 2**30  # noqa: E731
     rows = search.cheapest_mesh(small(), V5E, planned, least, tries=3)
     assert asked == [2, 4, 8] and [row["mesh"]["fsdp"] for row in rows] == [4, 8, 2]
-    with pytest.raises(ValueError, match="no mesh of v5e:2x4 holds config.global_batch=16"):
+    with pytest.raises(ValueError, match=r"no mesh of v5e:2x4 holds config.global_batch=16"):
         search.cheapest_mesh(small(), V5E, planned, lambda cfg: 2**40, tries=3)
 
 
@@ -88,3 +90,26 @@ def test_where_nothing_fits_smaller_batches_are_tried():
     assert asked[0] == 16 and not rows[0]["fits"] and fitting(rows) == [8]
     planned, _ = memory(fixed=30, per_image=1.0, limit=24)
     assert fitting(search.largest_batch(small(), planned)) == []
+
+
+def test_plan_prints_and_writes_what_a_search_found(monkeypatch, tmp_path, capsys):
+    """A compiler whose steps take a GiB an image of a device: each mesh and batch is asked for once."""
+    asked = []
+
+    def compiled(cfg, where, program, timeout):
+        images, split = cfg.global_batch, cfg.mesh.data * cfg.mesh.fsdp
+        ideal = {"stored": 2**30 * 8 // cfg.mesh.fsdp, "gradients": 0, "saved": images * 2**30 // split, "working": 0}
+        facts = {"mesh": {"data": cfg.mesh.data, "fsdp": cfg.mesh.fsdp, "tensor": cfg.mesh.tensor}, "ideal": ideal}
+        if program == "ideal":
+            return facts
+        asked.append((cfg.mesh.fsdp, images))
+        facts |= {"program": program, "images": images, "fits": True, "memory": {"peak": sum(ideal.values())}}
+        facts |= {"flops": {"hardware": 1e12, "model": 1e12}, "traffic": 1e9, "collectives": {}}
+        return {**facts, "argument_bytes": {"state": {"params": ideal["stored"]}}, "collective_places": {}}
+
+    monkeypatch.setattr(topology_module, "compiled", compiled)
+    found = plan.plan_topologies(small(), ["v5e:2x4"], out=str(tmp_path), tries=2, grow=True)
+    assert found["cheapest_mesh"] == {"data": 8, "fsdp": 1, "tensor": 1} and asked[:2] == [(1, 16), (2, 16)]
+    assert found["largest_batch"] == 56 and len(asked) == len(set(asked))  # 8 GiB stored, 7.52 left, 1 for 8 images
+    assert len(found["plans"]) == len(asked) and (tmp_path / "plan.png").exists()
+    assert len(capsys.readouterr().out.splitlines()) == len(asked) + 2

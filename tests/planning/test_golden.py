@@ -1,0 +1,67 @@
+"""Recorded shardings and collectives: `--golden=tests/golden/plans/CONFIG --update_golden` of plan.py writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gigatok_jax import plan
+from gigatok_jax.planning import golden, topology
+from gigatok_jax.scaling.chips import topology as named
+from tests.planning.test_topology import generator_run
+from tests.tiny import TINIEST, config_module, tiny_run
+
+PLANS = Path(__file__).parents[1] / "golden" / "plans"
+SMALL = {"tiny-tokenizer": lambda: tiny_run(**TINIEST), "tiny-ar": generator_run}
+FILES = sorted(PLANS.glob("*/*.json"))
+
+
+def config_of(folder):
+    """The config whose records are in a folder such as gigatok-xl-xxl."""
+    if folder in SMALL:
+        return SMALL[folder]()
+    module, _, size = folder.partition("-")
+    return config_module(module).get_config(size)
+
+
+def a_row(**changes):
+    row = {"program": "train", "topology": "v5e:2x4", "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "images": 8}
+    return {**row, "collective_places": {"all-gather": {"decoder/stack": 3}, "all-reduce": {"": 1}}, **changes}
+
+
+def test_the_large_plans_are_recorded():
+    recorded = {(path.parent.name, json.loads(path.read_text())["topology"]) for path in FILES}
+    for where in ("v5p:2x2x4", "v6e:8x8", "v5e:8x8"):
+        assert ("gigatok-xl-xxl", where) in recorded
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shardings_are_as_recorded(path):
+    before = json.loads(path.read_text())
+    now = {**before, "shardings": golden.shardings(config_of(path.parent.name), before["mesh"])}
+    said = golden.changes(before, now)
+    assert not said, f"{path}: update it with plan.py's --update_golden if that is meant:\n" + "\n".join(said)
+
+
+def test_what_changed_is_said(tmp_path):
+    cfg = tiny_run(**TINIEST)
+    with pytest.raises(ValueError, match=r"train-v5e-2x4-1x8x1.json does not exist: --update_golden writes it"):
+        golden.check(cfg, a_row(), tmp_path, update=False)
+    golden.check(cfg, a_row(), tmp_path, update=True)
+    golden.check(cfg, a_row(), tmp_path, update=False)
+    other = a_row(collective_places={"all-gather": {"decoder/stack": 3, "decoder/cnn": 2}})
+    with pytest.raises(ValueError, match=r"if that is meant, --update_golden") as error:
+        golden.check(tiny_run(**TINIEST, sharding__preset="replicated"), other, tmp_path, update=False)
+    said = str(error.value)
+    assert "all-gather in decoder/cnn: were 0, are 2 a step" in said
+    assert "all-reduce in no module: were 1, are 0 a step" in said
+    assert "tokenizer/bottleneck/codebook: was fsdp,-, is whole" in said
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("where", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("name", SMALL)
+def test_collectives_of_small_plans_are_as_recorded(name, where):
+    pytest.importorskip("libtpu")
+    cfg = plan.with_mesh(SMALL[name](), ["fsdp=4"])
+    golden.check(cfg, topology.plan(cfg, named(where), "train"), PLANS / name, update=False)
