@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, objectives, program
 from gigatok_jax.planning import golden as records
-from gigatok_jax.planning import picture, search, topology
+from gigatok_jax.planning import growth, picture, search, topology
 from gigatok_jax.scaling import chips
 from gigatok_jax.sharding import MESH_AXES, path_name
 
@@ -138,6 +138,7 @@ def define_flags() -> None:
     flags.DEFINE_list("topology", [], "Compile for these, e.g. v5p:2x2x4,v5e:4x4.")
     flags.DEFINE_list("mesh", [], "Axis sizes in place of the config's, e.g. fsdp=16,tensor=4; data takes the rest.")
     flags.DEFINE_list("what", [], "Programs to compile: train, encode, sample; by default all that the config has.")
+    flags.DEFINE_integer("per_device_batch", 0, "Images a device, in place of the config's batch.", lower_bound=0)
     flags.DEFINE_string("out", "", "A folder for plan.json and plan.png.")
     flags.DEFINE_bool("search", False, "Compile the train step on several meshes and put the cheapest first.")
     flags.DEFINE_integer("tries", 4, "Meshes that --search compiles.", lower_bound=1)
@@ -156,7 +157,7 @@ def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
     if not sizes:
         return cfg
     cfg = cfg.copy_and_resolve_references()
-    mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    mesh = {"data": 1 if any(size.endswith("=-1") for size in sizes) else -1, "fsdp": 1, "tensor": 1}
     for size in sizes:
         axis, _, number = size.partition("=")
         if axis not in mesh or not re.fullmatch(r"-1|[1-9]\d*", number):
@@ -166,12 +167,23 @@ def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
     return cfg
 
 
+def with_rows(cfg: ConfigDict, rows: int, chips: int) -> ConfigDict:
+    """The config with a batch of `rows` images a microbatch and device; 0 leaves it as it is."""
+    if not rows:
+        return cfg
+    cfg = cfg.copy_and_resolve_references()
+    sizes = config.mesh_sizes(cfg, chips)
+    cfg.global_batch = rows * sizes["data"] * sizes["fsdp"] * cfg.accumulate
+    return cfg
+
+
 def plan_topologies(
     cfg: ConfigDict,
     names: Sequence[str],
     what: Sequence[str] = (),
     out: str = "",
     *,
+    per_device: int = 0,
     tries: int = 0,
     grow: bool = False,
     golden: str = "",
@@ -180,6 +192,8 @@ def plan_topologies(
     """{"plans": a row per program and topology, see `planning.topology.plan`}; prints a table, draws under `out`.
 
     Args:
+      per_device: images of a device and microbatch; 0: the config's batch. Given, trains on several topologies are also
+        compared as they grow (see `planning.growth`).
       tries: meshes of the train step to compile, the cheapest of which is "cheapest_mesh"; 0: the config's.
       grow: whether to look for "largest_batch", the largest of the train step that fits.
       golden, update: a folder of records that rows must equal, or are to be written to (see `planning.golden`).
@@ -197,13 +211,20 @@ def plan_topologies(
         if tries or grow:
             found |= _searched(cfg, where, planned, tries, grow, rows)
         else:
-            rows += [planned(cfg, name) for name in what or known]
+            rows += [planned(with_rows(cfg, per_device, where.chips), name) for name in what or known]
     print(topology.table(rows))
+    pictures = {"plan.png": picture.picture(rows)}
+    trains = [row for row in rows if row["program"] == "train" and row["fits"]]
+    if per_device and len(trains) > 1:
+        points = growth.growth(trains)
+        print(growth.table(points))
+        pictures["growth.png"] = growth.picture(points)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
-        picture.picture(rows).save(Path(out) / "plan.png")
-        print(f"{out}/plan.png")
+        for name, image in pictures.items():
+            image.save(Path(out) / name)
+            print(f"{out}/{name}")
     if golden:
         for row in rows:
             records.check(cfg, row, Path(golden), update)
@@ -259,6 +280,7 @@ def main(argv: list[str]) -> None:
                 FLAGS.topology,
                 FLAGS.what,
                 FLAGS.out,
+                per_device=FLAGS.per_device_batch,
                 tries=FLAGS.tries if FLAGS.search else 0,
                 grow=FLAGS.largest_batch,
                 golden=FLAGS.golden,

@@ -5,7 +5,7 @@ fills the differences, and returns the locked result. `validate` is what every e
 given.
 """
 
-from gigatok_jax.config.checks import check_fields, check_mesh, to_json, validate
+from gigatok_jax.config.checks import check_fields, check_mesh, mesh_sizes, to_json, validate
 from gigatok_jax.config.defaults import (
     GPT_SIZES,
     STAGES,
@@ -31,6 +31,7 @@ __all__ = [
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",
+    "mesh_sizes",
     "pipeline",
     "set_vit",
     "small_gigatok_tokenizer",

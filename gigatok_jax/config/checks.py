@@ -141,11 +141,11 @@ def _values(cfg: ConfigDict | Mapping[str, Any], field: str) -> list[Any]:
     return [value for node in nodes for value in (node if isinstance(node, (tuple, list)) else [node])]
 
 
-def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
+def mesh_sizes(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
     """The mesh's axis sizes with −1 filled in.
 
     Raises:
-      ValueError: if they do not multiply to the device count, or the microbatch does not divide over them.
+      ValueError: if they do not multiply to the device count.
     """
     sizes = dict(cfg.mesh.to_dict())
     if any(size < 1 and size != -1 for size in sizes.values()):
@@ -160,6 +160,16 @@ def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
         raise ValueError(f"config.mesh={sizes} has {fixed} devices, {num_devices} are there; set one axis to -1")
+    return sizes
+
+
+def check_mesh(cfg: ConfigDict, num_devices: int) -> dict[str, int]:
+    """`mesh_sizes` of a config whose batch divides over them.
+
+    Raises:
+      ValueError: as `mesh_sizes`, or the microbatch does not divide over the data-parallel devices.
+    """
+    sizes = mesh_sizes(cfg, num_devices)
     shards, microbatch = sizes["data"] * sizes["fsdp"], cfg.global_batch // cfg.accumulate
     if microbatch % shards:
         raise ValueError(
