@@ -3,9 +3,10 @@
     python -m gigatok_jax.plan --config=configs/gigatok.py:xl-xxl --params
     python -m gigatok_jax.plan --config=configs/ar.py:xxl --topology=v5e:4x4 --mesh=fsdp=16 --out=plans/xxl
 
-The second compiles the real train step, and the encoding of a tokenizer or the sampling of a generator, for TPUs that
-are not there (libtpu, extra `tpu`). Bytes and counts are the compiler's; seconds and MFU are projections by the formula
-in `scaling/projection.py`. The last line printed is one JSON object. Nothing is allocated.
+The second compiles the real train step, and the encoding of a tokenizer or the sampling of a generator, for TPUs
+(extra `tpu`) or NVIDIA GPUs (extra `cuda`; h100:8, or h100:4x8 for four hosts) that are not there. Bytes and counts are
+the compiler's; seconds and MFU are projections by the formula in `scaling/projection.py`. The last line printed is one
+JSON object. Nothing is allocated.
 """
 
 import functools
@@ -135,7 +136,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:xl-xxl.", lock_config=True)
     flags.DEFINE_bool("params", False, "Print the parameters of the tokenizer or generator.")
     flags.DEFINE_integer("depth", 2, "Names of a module path that make a row of the table.", lower_bound=1)
-    flags.DEFINE_list("topology", [], "Compile for these, e.g. v5p:2x2x4,v5e:4x4.")
+    flags.DEFINE_list("topology", [], "Compile for these, e.g. v5p:2x2x4,v5e:4x4,h100:8.")
     flags.DEFINE_list("mesh", [], "Axis sizes in place of the config's, e.g. fsdp=16,tensor=4; data takes the rest.")
     flags.DEFINE_list("what", [], "Programs to compile: train, encode, sample; by default all that the config has.")
     flags.DEFINE_integer("per_device_batch", 0, "Images a device, in place of the config's batch.", lower_bound=0)
@@ -219,6 +220,8 @@ def plan_topologies(
         points = growth.growth(trains)
         print(growth.table(points))
         pictures["growth.png"] = growth.picture(points)
+    for note in dict.fromkeys(note for row in rows for note in row.get("notes", ())):
+        print(f"note: {note}")
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")

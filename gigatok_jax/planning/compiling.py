@@ -22,9 +22,11 @@ from ml_collections import ConfigDict
 from gigatok_jax import optim, programs, sharding
 from gigatok_jax.blueprint import Blueprint, build, counted
 from gigatok_jax.hub import frozen
+from gigatok_jax.planning import gpus
 from gigatok_jax.sampling import precision
-from gigatok_jax.scaling import hlo, memory
+from gigatok_jax.scaling import chips, hlo, memory
 from gigatok_jax.scaling.flops import count_flops, flops_by_network
+from gigatok_jax.scaling.traffic import memory_traffic
 from gigatok_jax.train_step import lower_step, make_train_step
 
 SCALE = 1.75  # guidance of the sampling that is planned: it doubles the batch, whatever it is
@@ -39,7 +41,10 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
     Raises:
       ValueError: for a config that cannot run on these devices.
     """
-    plan = build(ConfigDict(request["config"]), devices)
+    cfg, notes, options = ConfigDict(request["config"]), [], None
+    if devices[0].platform == "gpu":
+        (cfg, notes), options = gpus.without_fused_attention(cfg), gpus.COMPILER_OPTIONS
+    plan = build(cfg, devices)
     if request["program"] == "ideal":
         return {"mesh": dict(plan.mesh.shape), "ideal": ideal(plan)._asdict()}
     lower = {"train": _train, "encode": _encode, "sample": _sample}[request["program"]]
@@ -50,25 +55,31 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         "mesh": dict(plan.mesh.shape),
         "images": plan.cfg.global_batch // (1 if request["program"] == "train" else plan.cfg.accumulate),
         "flops": flops,
+        "notes": notes,
         "argument_bytes": {name: shard_bytes(value) for name, value in zip(("state", "frozen", "batch"), args)},
     }
     if request["program"] == "train":
         facts["ideal"] = ideal(plan)._asdict()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if (needs := out_of_memory(str(error))) is None:
             raise
         return {**facts, **needs, "compile_seconds": time.monotonic() - started}
-    return {**facts, **facts_of(compiled), "compile_seconds": time.monotonic() - started}
+    return {**facts, **facts_of(compiled, gpus.host_size(devices)), "compile_seconds": time.monotonic() - started}
 
 
-def facts_of(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" and, a step,
-    "collectives" by kind, by place and the largest of them (see `scaling.hlo`)."""
+def facts_of(compiled: jax.stages.Compiled, host: int = 0) -> dict[str, Any]:
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" (see
+    `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of them (see `scaling.hlo`).
+
+    Args:
+      host: devices of a host where other hosts are further away, else 0; then also "between_hosts" (see
+        `scaling.projection`).
+    """
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    found = hlo.collectives(text)
+    found = hlo.collectives(text, host)
     return {
         "fits": True,
         "memory": {
@@ -76,10 +87,19 @@ def facts_of(compiled: jax.stages.Compiled) -> dict[str, Any]:
             "arguments": sizes.argument_size_in_bytes,
             "temporaries": sizes.temp_size_in_bytes,
         },
-        "traffic": hlo.memory_traffic(text),
+        "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
+        **({"between_hosts": _between_hosts(found)} if host else {}),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
+    }
+
+
+def _between_hosts(found: Sequence[hlo.Collective]) -> dict[str, float]:
+    apart = [one for one in found if one.per_host]
+    return {
+        "bytes": sum(one.bytes for one in apart),
+        "network_bytes": sum(one.bytes / one.per_host for one in apart),
     }
 
 
@@ -204,10 +224,22 @@ def main(argv: list[str]) -> None:
     Path(argv[1]).write_text(json.dumps(_facts_or_error(request)))
 
 
+def devices_of(topology: chips.Topology) -> Sequence[jax.Device]:
+    """The devices of a topology, to compile for.
+
+    Raises:
+      JaxRuntimeError: the compiler knows no such topology.
+      RuntimeError: its package is not installed.
+    """
+    if topology.chip.platform == "cuda":
+        return gpus.devices(topology)
+    return topologies.get_topology_desc(topology_name=topology.name, platform="tpu").devices
+
+
 def _facts_or_error(request: Mapping[str, Any]) -> dict[str, Any]:
     name = request["topology"]
     try:
-        devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+        devices = devices_of(chips.topology(name))
     except jax.errors.JaxRuntimeError as error:  # such as a shape that no slice has
         return {"error": f"topology={name}: {str(error).splitlines()[0]}"}
     try:

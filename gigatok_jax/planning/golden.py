@@ -13,11 +13,13 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from gigatok_jax import objectives, optim, sharding, train_state
+from gigatok_jax.planning import gpus
 from gigatok_jax.scaling.hlo import numberless
 
 
 def shardings(cfg: ConfigDict, mesh: Mapping[str, int]) -> dict[str, list[str]]:
     """{parameter path: how it is split, such as "-,fsdp"}; "whole" where it is not. Moments lie as their parameters."""
+    cfg, _ = gpus.without_fused_attention(cfg)
     objective, groups = objectives.build(cfg), optim.make_groups(cfg)
     params = jax.eval_shape(lambda: train_state.create(objective, groups, cfg.seed)).params
     where = AbstractMesh(tuple(mesh[axis] for axis in sharding.MESH_AXES), sharding.MESH_AXES)

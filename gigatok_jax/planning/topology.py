@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,11 @@ PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample")}
 # The compiler asks nobody on the network what machine this is, and lets others beside it.
 _ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_MISSING = {  # what JAX says without them
+    "TPU support not installed": 'a TPU needs the package libtpu: pip install "gigatok_jax[tpu]"',
+    "topology not implemented for cuda": 'an NVIDIA GPU needs JAX\'s CUDA plugin: pip install "gigatok_jax[cuda]"',
+}
+JAX_TAKES = 0.75  # of a GPU's memory, unless the environment says otherwise
 
 
 def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 3600.0) -> dict[str, Any]:
@@ -26,7 +32,8 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
 
     hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, the same two "in_turn" (see
     `scaling.projection`), bound, collective_bytes_per_step, flops_per_byte; of the train step also over_ideal
-    (the memory against `scaling.memory`'s) and the run's chip_hours and images.
+    (the memory against `scaling.memory`'s) and the run's chip_hours and images. "notes" say what a real run may have
+    otherwise.
 
     Raises:
       ValueError: the config cannot run there, naming why.
@@ -41,6 +48,7 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
         "fits": facts["fits"] and facts["memory"]["peak"] <= limit,
         "hbm_gib_per_device": facts["memory"]["peak"] / 2**30,
         "hbm_gib_limit": limit / 2**30,
+        "notes": [*facts.get("notes", ()), *_notes(topology, facts["memory"]["peak"] / limit)],
     }
     if not facts["fits"]:
         return row
@@ -73,8 +81,6 @@ def least(cfg: ConfigDict, topology: Topology) -> int:
 
 def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) -> dict[str, Any]:
     """The answer of `planning.compiling`, from a process of its own."""
-    if topology.chip.platform != "tpu":
-        raise ValueError(f"topology={topology.name}: only TPUs are compiled for so far")
     with tempfile.TemporaryDirectory() as folder:
         request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log"))
         content = {"config": config.to_json(cfg), "program": program, "topology": topology.name}
@@ -95,11 +101,26 @@ def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) 
     return facts
 
 
+def _notes(topology: Topology, filled: float) -> list[str]:
+    """What holds of GPUs; `filled` is the share of a device's memory that the program takes."""
+    notes = []
+    if topology.chip.platform == "cuda" and JAX_TAKES < filled <= 1:
+        notes.append(
+            f"JAX takes {JAX_TAKES:.0%} of a GPU's memory, and this is {filled:.0%}: set XLA_PYTHON_CLIENT_MEM_FRACTION"
+        )
+    if topology.chip.platform == "cuda" and topology.chips > topology.shape[-1]:
+        rate = topology.chip.network_bandwidth / 2e9
+        notes.append(f"hosts are joined by {rate:g} GB/s a GPU and direction, as NVIDIA's DGX systems are")
+    return notes
+
+
 def _failure(program: str, topology: Topology, status: int, log: str) -> str:
-    if "TPU support not installed" in log:
-        return 'compiling for a TPU needs the package libtpu: pip install "gigatok_jax[tpu]"'
+    for sign, need in _MISSING.items():
+        if sign in log:
+            return f"compiling for {need}"
     lines = [line for line in log.splitlines() if line.strip()]
-    end = "\n  ".join(lines[-5:])
+    raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
+    end = "\n  ".join(lines[raised[-1] :][:5] if raised else lines[-5:])
     return f"compiling {program} for {topology.name} ended with status {status}:\n  {end}"
 
 

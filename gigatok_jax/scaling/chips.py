@@ -9,7 +9,8 @@ class Chip(NamedTuple):
     """What a projection takes a chip to do at best.
 
     platform: "tpu" or "cuda".   hbm_gib: its memory.   flops: bfloat16 FLOP/s.   hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s over all its links to other chips, both directions together.
+    link_bandwidth: bytes/s over all its links to other chips, of a GPU those of its host, both directions together.
+    network_bandwidth: the same of a GPU's own share of its host's network; TPUs' links join hosts as well.
     """
 
     platform: str
@@ -17,6 +18,7 @@ class Chip(NamedTuple):
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float = 0.0
 
 
 CHIPS = {
@@ -25,14 +27,17 @@ CHIPS = {
     "v5e": Chip("tpu", 16, 197e12, 819e9, 400e9),
     "v5p": Chip("tpu", 95, 459e12, 2765e9, 1200e9),
     "v6e": Chip("tpu", 32, 918e12, 1638e9, 800e9),
-    # NVIDIA's data sheets (SXM; dense bfloat16; NVLink, both directions).
-    "a100": Chip("cuda", 80, 312e12, 2039e9, 600e9),
-    "h100": Chip("cuda", 80, 989e12, 3350e9, 900e9),
+    # NVIDIA's data sheets (SXM; dense bfloat16; NVLink, both directions), and those of DGX A100, H100 and H200: an
+    # InfiniBand adapter a GPU, of 200 or 400 Gb/s each way. Clouds may have less.
+    "a100": Chip("cuda", 80, 312e12, 2039e9, 600e9, 50e9),
+    "h100": Chip("cuda", 80, 989e12, 3350e9, 900e9, 100e9),
+    "h200": Chip("cuda", 141, 989e12, 4800e9, 900e9, 100e9),
 }
+GPUS_A_HOST = 8
 
 
 class Topology(NamedTuple):
-    """A slice: `shape` chips of one kind, e.g. v5p:4x4x4."""
+    """A slice: `shape` chips of one kind, e.g. v5p:4x4x4; of GPUs one host's (h100:8), or hosts × each's (h100:4x8)."""
 
     name: str
     chip: Chip
@@ -45,12 +50,15 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """The slice of a name such as v5p:4x4x4, v5e:8x8 or h100:8.
+    """The slice of a name such as v5p:4x4x4, v5e:8x8, h100:8 or h100:4x8.
 
     Raises:
-      ValueError: for an unknown chip or a shape that is no product of positive numbers.
+      ValueError: for an unknown chip or a shape that is no product of positive numbers, or not one of GPUs.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
         raise ValueError(f"topology={name!r} is no KIND:SHAPE such as v5p:4x4x4; kinds are {', '.join(CHIPS)}")
-    return Topology(name, CHIPS[kind], tuple(map(int, shape.split("x"))))
+    chip, sizes = CHIPS[kind], tuple(map(int, shape.split("x")))
+    if chip.platform == "cuda" and (len(sizes) > 2 or sizes[-1] > GPUS_A_HOST):
+        raise ValueError(f"topology={name!r}: GPUs are N of one host, at most {GPUS_A_HOST}, or HOSTSxN: {kind}:4x8")
+    return Topology(name, chip, sizes)

@@ -1,7 +1,7 @@
 """What a compiled program's text says: how often each instruction runs, and what its collectives move.
 
-The text is that of `jax.stages.Compiled.as_text()`, for any backend. A loop's body counts as often as its condition
-says, which compares a counter with a constant in every `lax.scan`.
+The text is that of `jax.stages.Compiled.as_text()`, for any backend. A loop's body counts as often as the compiler
+states, or else as its condition says, which compares a counter with a constant in every `lax.scan`.
 """
 
 import math
@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from gigatok_jax.scaling.groups import fewest_on_a_host, groups
 
 BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -18,6 +20,7 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -31,10 +34,17 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs."""
+        """The computations that it runs; the end of an asynchronous one runs nothing more."""
+        if self.opcode.endswith(("-done", "-update")):
+            return []
         branches = _BRANCHES.search(self.rest)
         listed = re.findall(r"[\w.\-]+", branches[1]) if branches else []
         return [*_CALLED.findall(self.rest), *listed]
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the instructions that it reads."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
 
 class Collective(NamedTuple):
@@ -42,6 +52,7 @@ class Collective(NamedTuple):
 
     payload: per device, what is whole afterwards (all-gather) or before (reduce-scatter); else what is sent.
     op: the framework's name of what asked for it.
+    per_host: where it spans hosts, how many of the devices share one; else 0.
     """
 
     kind: str
@@ -50,6 +61,7 @@ class Collective(NamedTuple):
     devices: int
     count: int
     op: str
+    per_host: int = 0
 
     @property
     def bytes(self) -> float:
@@ -99,7 +111,10 @@ def executions(found: Mapping[str, list[Instruction]], entry: str) -> Counter[st
 
 
 def _trips(found: Mapping[str, list[Instruction]], loop: Instruction) -> int:
-    """The constant that a loop's condition compares its counter with; 1 where it has none."""
+    """How often a loop runs: as the compiler states, else the constant that its condition compares its counter with,
+    1 where it has none."""
+    if stated := _TRIPS.search(loop.rest):
+        return int(stated[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     lines = found.get(condition[1], []) if condition else []
     constants = {line.name: int(line.rest.split(")")[0]) for line in lines if _integer(line)}
@@ -119,59 +134,71 @@ def shape_bytes(shape: str) -> int:
     """Bytes of a shape as written, all members of a tuple together."""
     return sum(
         BYTES.get(kind, 4) * math.prod(map(int, dims.split(","))) if dims else BYTES.get(kind, 4)
-        for kind, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", shape))
+        for kind, dims in _SHAPE.findall(_plain(shape))
         if kind in BYTES
     )
 
 
-def collectives(text: str) -> list[Collective]:
-    """The collectives of a step, those of equal kind, shape, group and origin as one, most bytes first."""
+def collectives(text: str, host: int = 0) -> list[Collective]:
+    """The collectives of a step, those of equal kind, shape, group and origin as one, most bytes first.
+
+    Args:
+      host: how many devices, in the program's order, are joined faster than with others; 0 where links are all alike.
+    """
     found, entry = computations(text)
     times = executions(found, entry)
-    counts: Counter[tuple[str, str, int, int, str]] = Counter()
+    counts: Counter[Collective] = Counter()
     seen: set[tuple[str, str, int]] = set()
     for name, instructions in found.items():
         for line in instructions:
-            kind = line.opcode.removesuffix("-start")
-            if kind not in KINDS or not times[name]:
+            if line.opcode.removesuffix("-start") not in KINDS or not times[name]:
                 continue
-            # TPUs fuse an all-reduce with the slice of its result into a computation of this name.
-            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-            shape = _result(line)
-            devices = _group(line.rest)
-            payload = shape_bytes(shape) * (devices if line.opcode == "reduce-scatter" else 1)
-            plain = ", ".join(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", shape)))
+            one = _collective(line, host, fused=name.startswith("all-reduce-scatter"))
             # Overlapped with other work, one collective shows in several fusions, by its channel.
             if channel := re.search(r"channel_id=(\d+)", line.rest):
-                if (channel[1], plain, times[name]) in seen:
+                if (channel[1], one.shape, times[name]) in seen:
                     continue
-                seen.add((channel[1], plain, times[name]))
-            counts[kind, plain, payload, devices, _origin(line.rest)] += times[name]
-    grouped = [
-        Collective(kind, shape, payload, devices, count, op)
-        for (kind, shape, payload, devices, op), count in counts.items()
-    ]
-    return sorted(grouped, key=lambda collective: -collective.bytes)
+                seen.add((channel[1], one.shape, times[name]))
+            counts[one] += times[name]
+    return sorted((one._replace(count=count) for one, count in counts.items()), key=lambda one: -one.bytes)
 
 
-def _result(line: Instruction) -> str:
+def _collective(line: Instruction, host: int, fused: bool) -> Collective:
+    """One line's. TPUs fuse an all-reduce with the slice of its result, into a computation of a name of its own."""
+    kind, found = line.opcode.removesuffix("-start"), groups(line.rest)
+    shape, devices = result(line), len(found[0]) if found else 1
+    payload = shape_bytes(shape) * (devices if kind == "reduce-scatter" else 1)
+    plain = ", ".join(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(_plain(shape)))
+    per_host = fewest_on_a_host(found, host) if host else 0
+    return Collective("reduce-scatter" if fused else kind, plain, payload, devices, 1, _origin(line.rest), per_host)
+
+
+def result(line: Instruction) -> str:
     """The shape of what a collective makes; a start has its operands, and marks, beside it."""
     if not line.opcode.endswith("-start") or line.opcode.startswith("all-reduce"):
         return line.shape
-    shapes = re.findall(r"[a-z]\w*\[[\d,]*\]", line.shape)
-    return shapes[1] if len(shapes) > 1 else line.shape
+    parts = _split(line.shape)
+    return parts[1] if len(parts) > 1 else line.shape
 
 
-def _group(rest: str) -> int:
-    """How many devices take part together."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return 2 if "source_target_pairs" in rest else 1
+def _split(shape: str) -> list[str]:
+    """The members of a tuple, which may be tuples themselves; another shape is its own member."""
+    text = re.sub(r"/\*.*?\*/", "", shape)
+    if not text.startswith("("):
+        return [text]
+    members, depth = [""], 0
+    for sign in text[1:-1]:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth == 0:
+            members.append("")
+        else:
+            members[-1] += sign
+    return [member.strip() for member in members]
+
+
+def _plain(shape: str) -> str:
+    """A shape without layouts and comments."""
+    return re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shape)
 
 
 def _origin(rest: str) -> str:
@@ -200,59 +227,3 @@ def by_place(found: list[Collective]) -> dict[str, dict[str, int]]:
 def numberless(name: str) -> str:
     """ "level0_block1" → "level#_block#": equal layers have one name."""
     return re.sub(r"\d+", "#", name)
-
-
-_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call")
-_MARKS = (
-    "AllocateBuffer",
-    "ConcatBitcast",
-    "AsyncCollectiveStart",
-    "AsyncCollectiveDone",
-    "AssumeGatherIndicesInBound",
-)
-
-
-def memory_traffic(text: str) -> int:
-    """Bytes that a step moves between a device's memory and its processor, by what its instructions read and write.
-
-    A fusion reads its operands and writes its result once. What is marked S(1) lies in the processor's own memory. A
-    slice of a buffer counts as the slice, and an update of one as the update.
-    """
-    found, entry = computations(text)
-    times = executions(found, entry)
-    fused = {called for lines in found.values() for line in lines if line.opcode == "fusion" for called in line.called}
-    total = 0
-    for name, lines in found.items():
-        if name in fused or not times[name]:
-            continue
-        shapes = {line.name: line.shape for line in lines}
-        total += times[name] * sum(_traffic(line, shapes) for line in lines)
-    return total
-
-
-def _traffic(line: Instruction, shapes: Mapping[str, str]) -> int:
-    if line.opcode in _FREE or line.opcode.endswith("-done") or any(f'"{mark}"' in line.rest for mark in _MARKS):
-        return 0
-    if line.opcode == "copy-start":  # (to, from, mark)
-        return sum(map(_in_memory, _members(line.shape)[:2]))
-    if line.opcode == "slice-start":  # ((whole), part, mark)
-        part = _members(line.shape)[-2]
-        return shape_bytes(part) + _in_memory(part)
-    written = sum(map(_in_memory, _members(line.shape)))
-    operands = re.findall(r"%([\w.\-]+)", line.rest.split("), ")[0])
-    read = [sum(map(_in_memory, _members(shapes[name]))) for name in operands if name in shapes]
-    if "dynamic-update-slice" in line.name:
-        return 2 * sum(size for size in read if size < written)
-    if "dynamic-slice" in line.name:
-        read = [min(size, written) for size in read]
-    return written + sum(read)
-
-
-def _members(shape: str) -> list[str]:
-    """A shape's arrays, with their layouts."""
-    return re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^{}]*\})?", shape)
-
-
-def _in_memory(member: str) -> int:
-    """Bytes of an array, 0 for one that is marked as lying in the processor's own memory."""
-    return 0 if "S(1)" in member else shape_bytes(member)

@@ -4,7 +4,8 @@ Of one device and step:
 
     compute  = FLOPs, recomputation included / (devices · peak FLOP/s)
     memory   = bytes between memory and processor / memory bandwidth
-    links    = bytes that collectives send / half of the links' bandwidth, which counts both directions
+    links    = bytes that collectives send / half of the links' bandwidth, which counts both directions; where they span
+               hosts of GPUs, bytes / how many of a group share a host / half of the network's bandwidth
     step     = the longest of the three: each is at its peak, and they overlap wholly
     MFU      = FLOPs without recomputation / (devices · peak FLOP/s · step)
     in turn  = the sum of the three: each is at its peak, and nothing overlaps
@@ -47,12 +48,15 @@ def project(facts: Mapping[str, Any], chip: Chip, devices: int) -> Projection:
     """The roofline of a compiled program on `devices` of a chip.
 
     Args:
-      facts: "flops" ({"hardware", "model"} over all devices), "traffic" and "collectives" ({kind: {"bytes"}}) of one.
+      facts: "flops" ({"hardware", "model"} over all devices), "traffic" and "collectives" ({kind: {"bytes"}}) of one;
+        "between_hosts", if there are such ({"bytes" of these collectives, "network_bytes" of a device's adapter}).
     """
-    peak = devices * chip.flops
+    peak, links = devices * chip.flops, sum(kind["bytes"] for kind in facts["collectives"].values())
+    between = facts.get("between_hosts", {"bytes": 0.0, "network_bytes": 0.0})
+    network = between["network_bytes"] / (chip.network_bandwidth / 2) if between["network_bytes"] else 0.0
     parts = {
         "compute": facts["flops"]["hardware"] / peak,
         "memory": facts["traffic"] / chip.hbm_bandwidth,
-        "links": sum(kind["bytes"] for kind in facts["collectives"].values()) / (chip.link_bandwidth / 2),
+        "links": (links - between["bytes"]) / (chip.link_bandwidth / 2) + network,
     }
     return Projection(**parts, mfu=facts["flops"]["model"] / (peak * max(parts.values())))

@@ -81,9 +81,7 @@ def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers
     assert not topology.plan(tiny_run(), named("v5e:2x4"), "train")["fits"]
 
 
-def test_bad_requests_are_one_error(monkeypatch):
-    with pytest.raises(ValueError, match="only TPUs are compiled for"):
-        topology.plan(tiny_run(), named("h100:8"), "train")
+def test_bad_requests_are_one_error():
     with pytest.raises(ValueError, match=r"'fsdp' is no AXIS=SIZE"):
         plan.with_mesh(tiny_run(), ["fsdp"])
     with pytest.raises(ValueError, match="this config has no sample"):

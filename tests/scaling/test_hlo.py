@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gigatok_jax import sharding
 from gigatok_jax.scaling import hlo
+from tests.scaling.programs import GPU, TPU
 
 
 @pytest.fixture(scope="module")
@@ -54,37 +55,41 @@ def test_nested_loops_multiply(mesh):
     assert sum(one.count for one in hlo.collectives(text)) == 12
 
 
-TPU = """HloModule jit_step
-
-%all-reduce-scatter.7 (input: bf16[768,2048]) -> bf16[96,2048] {
-  %input = bf16[768,2048]{1,0:T(8,128)(2,1)} parameter(0)
-  %reduce.41 = bf16[768,2048]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
-  ROOT %slice = bf16[96,2048]{1,0:T(8,128)(2,1)} dynamic-slice(%reduce.41), dynamic_slice_sizes={96,2048}
-}
-
-ENTRY %main (p: bf16[768,2048], q: bf16[96,2048]) -> bf16[96,2048] {
-  %p = bf16[768,2048]{1,0:T(8,128)(2,1)} parameter(0)
-  %q = bf16[96,2048]{1,0:T(8,128)(2,1)} parameter(1)
-  %fusion.1 = bf16[96,2048]{1,0:T(8,128)(2,1)S(1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.7
-  %gather = bf16[768,2048]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}
-  %again = bf16[768,2048]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}
-  %start = (bf16[96,2048]{1,0:S(1)}, bf16[96,2048]{1,0}, u32[]{:S(2)}) copy-start(%q)
-  %done = bf16[96,2048]{1,0:S(1)} copy-done(%start)
-  %part = ((bf16[96,2048]{1,0}), bf16[96,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:96], [0:64]}
-  ROOT %add = bf16[96,2048]{1,0:T(8,128)(2,1)} add(%fusion.1, %q)
-}
-"""
-
-
 def test_the_forms_of_a_tpu():
     """A reduce-scatter is a fused all-reduce and slice; an overlapped collective is written several times."""
     scatter, gather = hlo.collectives(TPU)
     size = 768 * 2048 * 2
     assert (scatter.kind, scatter.devices, scatter.count, scatter.bytes) == ("reduce-scatter", 8, 1, size * 7 / 8)
     assert (gather.kind, gather.devices, gather.count) == ("all-gather", 8, 1)
-    part = 96 * 2048 * 2
-    # The fusion reads p, the gathers read q and write all, the sum reads q and writes a part, the copy reads q.
-    assert hlo.memory_traffic(TPU) == size + 2 * (part + size) + 2 * part + part + 96 * 64 * 2
+
+
+def test_the_forms_of_a_gpu():
+    """Collectives start with tuples of operands beside tuples of results; a loop's length is stated beside it."""
+    found = {one.kind: one for one in hlo.collectives(GPU)}
+    assert len(found) == len(hlo.collectives(GPU)) == 5
+    size = 2 * 768 * 768 * 2  # of two kernels
+    for kind in ("all-gather", "reduce-scatter"):
+        assert (found[kind].count, found[kind].devices, found[kind].payload) == (12, 8, size)
+        assert found[kind].bytes == 12 * size * 7 / 8
+    assert found["all-gather"].shape == "bf16[768,768], bf16[768,768]"
+    assert found["all-gather"].op == "jit(step)/while/body/squeeze"
+    small = 8 * 96 * 2
+    assert (found["all-reduce"].count, found["all-reduce"].bytes) == (1, 2 * small * 15 / 16)
+    assert (found["all-to-all"].count, found["all-to-all"].bytes) == (1, small * 7 / 8)
+    assert (found["collective-permute"].count, found["collective-permute"].bytes) == (1, small)
+
+
+def test_collectives_between_hosts_are_told():
+    assert {one.per_host for one in hlo.collectives(GPU)} == {0}
+    shared = {one.kind: one.per_host for one in hlo.collectives(GPU, host=8)}
+    # The gather's groups are every second device, here four of each host; a pair of the permute has one of each.
+    assert shared == {
+        "all-gather": 4,
+        "reduce-scatter": 0,
+        "all-to-all": 0,
+        "all-reduce": 8,
+        "collective-permute": 1,
+    }
 
 
 def test_another_text_is_refused():

@@ -25,6 +25,18 @@ def test_the_longest_of_three_is_the_step():
     assert project(facts(traffic=3 * 819e9), V5E, 4).bound == "memory"
 
 
+def test_hosts_of_gpus_are_joined_by_their_network():
+    h100 = CHIPS["h100"]
+    near = project(facts(links=9e9), h100, 16)
+    assert near.links == pytest.approx(9e9 / 450e9)
+    apart = {"between_hosts": {"bytes": 9e9, "network_bytes": 9e9 / 2}}
+    assert project({**facts(links=9e9), **apart}, h100, 16).links == pytest.approx(9e9 / 2 / 50e9)
+    some = {"between_hosts": {"bytes": 4e9, "network_bytes": 4e9}}
+    assert project({**facts(links=9e9), **some}, h100, 16).links == pytest.approx(5e9 / 450e9 + 4e9 / 50e9)
+    none = {"between_hosts": {"bytes": 0.0, "network_bytes": 0.0}}
+    assert project({**facts(), **none}, V5E, 4).links == project(facts(), V5E, 4).links
+
+
 def test_topologies_by_name():
     assert topology("v5p:2x2x4").chips == 16 and topology("v5p:2x2x4").chip.hbm_gib == 95
     for name in ("v5p", "v9:2x2", "v5e:0x2", "v5e:2x2x2x2", "v5e:axb"):
