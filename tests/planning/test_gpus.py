@@ -6,7 +6,7 @@ import re
 import pytest
 
 from gigatok_jax import plan
-from gigatok_jax.planning import gpus, topology
+from gigatok_jax.planning import golden, gpus, topology
 from gigatok_jax.scaling.chips import CHIPS
 from gigatok_jax.scaling.chips import topology as named
 from tests.planning.test_topology import generator_run
@@ -42,6 +42,8 @@ def test_fused_attention_is_compiled_as_plain():
         assert plain[section].attention == "xla" and cfg[section].attention == "cudnn"
         assert len(notes) == 1 and notes[0].startswith(f"{section}.attention=cudnn")
         assert gpus.without_fused_attention(plain)[1] == []
+        mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+        assert golden.shardings(cfg, mesh) == golden.shardings(plain, mesh)
 
 
 FACTS = {
