@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from gigatok_jax import plan
+from gigatok_jax.planning import parameters
 from tests.tiny import ROOT, config_module, tiny_run
 
 # Counts of the published checkpoints' modules.
@@ -28,7 +28,7 @@ def run_plan(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_small_by_part_and_module():
-    table, facts = plan.plan_params(config_module("gigatok").get_config("s-s"))
+    table, facts = parameters.plan_params(config_module("gigatok").get_config("s-s"))
     assert facts == {"params": 136_073_227, "by_part": SMALL, "discriminator": 2_765_633}
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     assert rows["encoder/to_latents"][0] == "2,056" and rows["decoder/from_latents"][0] == "2,304"
@@ -38,7 +38,7 @@ def test_small_by_part_and_module():
 
 
 def test_generators_are_counted():
-    _, facts = plan.plan_params(config_module("ar").get_config("xxl"))
+    _, facts = parameters.plan_params(config_module("ar").get_config("xxl"))
     assert facts["params"] == sum(facts["by_part"].values()) == 1_411_367_424
     done = run_plan("--config=configs/ar.py:b", "--params")
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["params"] == 111_085_824
@@ -47,8 +47,8 @@ def test_generators_are_counted():
 def test_the_largest_is_counted_without_allocating():
     cfg = config_module("gigatok").get_config("xl-xxl")
     before = set(map(id, jax.live_arrays()))  # some of other tests may go meanwhile
-    params = plan.tokenizer_shapes(cfg)
-    assert plan.count(params) == 2_893_970_443
+    params = parameters.tokenizer_shapes(cfg)
+    assert parameters.count(params) == 2_893_970_443
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     assert before.issuperset(map(id, jax.live_arrays()))
 
@@ -59,25 +59,25 @@ def test_the_largest_is_counted_without_allocating():
     ids=["grid", "heads_over_dino", "discriminator_never_starts"],
 )
 def test_parts_sum(size, discriminator):
-    _, facts = plan.plan_params(config_module("gigatok").get_config(size))
+    _, facts = parameters.plan_params(config_module("gigatok").get_config(size))
     assert sum(facts["by_part"].values()) == facts["params"] and set(facts["by_part"]) == set(SMALL)
     assert facts["discriminator"] == discriminator
 
 
 def test_depth_groups_and_unfolds_the_table():
-    params = plan.tokenizer_shapes(tiny_run())
-    assert len(plan.parameter_table(params, 1).splitlines()) == 3 + 4
-    leaves = plan.parameter_table(params, 99).splitlines()
+    params = parameters.tokenizer_shapes(tiny_run())
+    assert len(parameters.parameter_table(params, 1).splitlines()) == 3 + 4
+    leaves = parameters.parameter_table(params, 99).splitlines()
     assert len(leaves) == len(jax.tree.leaves(params)) + 4
     assert any(line.split()[:2] == ["encoder/to_latents/kernel", "16×8"] for line in leaves)
 
 
 def test_fused_attention_needs_no_device():
-    assert plan.count(plan.tokenizer_shapes(tiny_run(tokenizer__attention="cudnn"))) > 0
+    assert parameters.count(parameters.tokenizer_shapes(tiny_run(tokenizer__attention="cudnn"))) > 0
 
 
 def test_what_no_part_names_is_other():
-    assert plan.by_part({"adapter": {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}})["other"] == 15
+    assert parameters.by_part({"adapter": {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}})["other"] == 15
 
 
 def test_program_ends_with_one_json_line():
@@ -95,6 +95,6 @@ def test_program_says_what_it_can_do():
 
 def test_refusals():
     with pytest.raises(ValueError, match="family"):
-        plan.tokenizer_shapes(tiny_run(tokenizer__family="other"))
+        parameters.tokenizer_shapes(tiny_run(tokenizer__family="other"))
     with pytest.raises(ValueError, match="too small"):
-        plan.discriminator_params(tiny_run(discriminator__num_layers=3))
+        parameters.discriminator_params(tiny_run(discriminator__num_layers=3))

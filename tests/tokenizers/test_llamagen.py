@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import config, objectives
-from gigatok_jax.plan import count, tokenizer_shapes
+from gigatok_jax.planning.parameters import count, tokenizer_shapes
 from tests.tiny import config_module
 
 
