@@ -1,7 +1,5 @@
 """Convolution blocks of the VQGAN family (BHWC), and the encoder and decoder built of them."""
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -99,44 +97,15 @@ class _ConvNet(nn.Module):
         return conv(features, 3, self.dtype, name, self.kernel_init, **kwargs)
 
     def block(self, x_BHWC: jax.Array, features: int, name: str, attention: str | None = None) -> jax.Array:
-        """A residual block, and the self-attention named `attention` after it."""
+        """A residual block, and the self-attention named `attention` after it where this net has one."""
         resnet, attend = (nn.remat(kind) if self.remat else kind for kind in (ResnetBlock, AttentionBlock))
         x = resnet(features, self.groups, self.dtype, self.kernel_init, name=name)(x_BHWC)
-        if attention:
+        if attention and self.attention:
             x = attend(self.groups, self.dtype, self.kernel_init, name=attention)(x)
         return x
 
-    def chain(self, x_BHWC: jax.Array, features: int, names: Sequence[str]) -> jax.Array:
-        """Residual blocks in a row. Rematerialised ones of equal width are one scan: they compile once."""
-        first = int(x_BHWC.shape[-1] != features)
-        if not self.remat or self.is_initializing() or len(names) < first + 2:
-            for name in names:
-                x_BHWC = self.block(x_BHWC, features, name)
-            return x_BHWC
-        if first:
-            x_BHWC = self.block(x_BHWC, features, names[0])
-        block = ResnetBlock(features, self.groups, self.dtype, self.kernel_init, parent=None)
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def body(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return block.apply({"params": params}, x), None
-
-        layers = [self.get_variable("params", name) for name in names[first:]]
-        return jax.lax.scan(body, x_BHWC, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))[0]
-
-    def level(self, x_BHWC: jax.Array, features: int, name: str, attention: bool) -> jax.Array:
-        """A level's residual blocks, each with its self-attention on wish."""
-        names = [f"{name}_block{n}" for n in range(self.blocks)]
-        if not (attention and self.attention):
-            return self.chain(x_BHWC, features, names)
-        for n, block in enumerate(names):
-            x_BHWC = self.block(x_BHWC, features, block, f"{name}_attention{n}")
-        return x_BHWC
-
     def middle(self, x_BHWC: jax.Array) -> jax.Array:
         """Two residual blocks at the coarsest level."""
-        if not self.attention:
-            return self.chain(x_BHWC, x_BHWC.shape[-1], ("mid0", "mid1"))
         x = self.block(x_BHWC, x_BHWC.shape[-1], "mid0", "mid_attention")
         return self.block(x, x_BHWC.shape[-1], "mid1")
 
@@ -159,7 +128,9 @@ class ConvEncoder(_ConvNet):
         x = self.conv(self.base, "conv_in")(image_BHWC.astype(self.dtype))
         last = len(self.multipliers) - 1
         for level, multiplier in enumerate(self.multipliers):
-            x = self.level(x, self.base * multiplier, f"level{level}", level == last)
+            for block in range(self.blocks):
+                attention = f"level{level}_attention{block}" if level == last else None
+                x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)
             if level < last:
                 # Zeros on the right and bottom only, as in VQGAN.
                 x = self.conv(x.shape[-1], f"level{level}_down", strides=2, padding=((0, 1), (0, 1)))(x)
@@ -188,7 +159,9 @@ class ConvDecoder(_ConvNet):
                 norm = nn.remat(AdaptiveGroupNorm) if self.remat else AdaptiveGroupNorm
                 sizes = self.groups, self.scale_init, self.dtype, self.kernel_init
                 x = norm(*sizes, name=f"level{level}_adaptive")(x, z_BHWC)
-            x = self.level(x, self.base * multiplier, f"level{level}", level == 0)
+            for block in range(self.blocks):
+                attention = f"level{level}_attention{block}" if level == 0 else None
+                x = self.block(x, self.base * multiplier, f"level{level}_block{block}", attention)
             if level < len(self.multipliers) - 1 and self.plain:
                 x = self.conv(x.shape[-1], f"level{level}_up")(x.repeat(2, axis=1).repeat(2, axis=2))
             elif level < len(self.multipliers) - 1:

@@ -1,7 +1,5 @@
 """Blocks against recorded values, and the properties that the stack and the pooling promise."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,31 +152,6 @@ def test_rematerialised_convolutions_change_nothing_but_memory():
             del gradient[name]["key"]["bias"]  # analytically zero
     assert_close_tree(other, plain, rtol=1e-4)
     assert inputs_only < 0.5 * all_of_it, (inputs_only, all_of_it)
-
-
-@pytest.mark.parametrize("decoder", [False, True])
-def test_equal_convolution_blocks_are_one_scan(decoder):
-    """Same names and values as one by one; what is traced does not grow with the blocks of a level."""
-    kind, shape = (conv.ConvDecoder, (2, 4, 4, 8)) if decoder else (conv.ConvEncoder, (2, 8, 8, 3))
-    x = jax.random.normal(jax.random.key(0), shape)
-
-    def net(blocks, remat):
-        return kind(base=8, multipliers=(1, 2), groups=4, blocks=blocks, remat=remat)
-
-    def gradient(model, variables):
-        return jax.grad(lambda v: jnp.square(model.apply(v, x)).sum())(variables)
-
-    variables = net(3, False).init(jax.random.key(1), x)
-    assert_close_tree(net(3, True).init(jax.random.key(1), x), variables, rtol=0)
-    one_by_one, scanned = (jax.jit(functools.partial(gradient, net(3, remat)))(variables) for remat in (False, True))
-    assert_close_tree(scanned, one_by_one, rtol=1e-4)
-
-    def convolutions(blocks):
-        model = net(blocks, True)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-        return str(jax.make_jaxpr(lambda v: gradient(model, v))(shapes)).count("conv_general_dilated[")
-
-    assert convolutions(6) == convolutions(4) > 20
 
 
 def test_bad_taps_layers_and_implementations(inputs):
