@@ -7,10 +7,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from gigatok_jax import objectives, optim, train_state
 from gigatok_jax.nn.attention import attend
 from gigatok_jax.nn.conv import ConvEncoder
 from gigatok_jax.nn.transformer import Stack, ViTLayer
-from gigatok_jax.scaling.flops import Flops, count_flops
+from gigatok_jax.scaling.flops import Flops, count_flops, flops_by_network
+from gigatok_jax.train_step import make_train_step
+from tests.tiny import tiny_run
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -159,3 +162,21 @@ def test_a_scanned_stack_is_its_layers():
         return count_flops(lambda params, x: model.apply(params, x), params, x).total
 
     assert of(Stack("vit", 5, 2)) == 5 * of(ViTLayer(2))
+
+
+def test_a_whole_adversarial_step_against_the_compilers_count():
+    """Tokenizer, quantiser and discriminator, both optimisers; unrolled, because the compiler counts a body once."""
+    sizes = dict(tokenizer__image_size=16, tokenizer__conv_base=32, tokenizer__features=64, tokenizer__unroll=2)
+    for side in ("encoder", "decoder"):
+        sizes |= {f"tokenizer__{side}_width": 64, f"tokenizer__{side}_heads": 2}
+    cfg = tiny_run(**sizes, tokenizer__codebook_chunk=1024, discriminator__base_channels=32)
+    objective, groups = objectives.build(cfg), optim.make_groups(cfg)
+    state = jax.eval_shape(lambda: train_state.create(objective, groups, 0))
+    args = state, {}, objective.batch(cfg.global_batch)
+    step = make_train_step(objective, groups, objective.phase(1), seed=0)
+    networks = flops_by_network(step, *args)
+    assert {"Tokenizer/encoder", "Tokenizer/decoder", "Tokenizer/bottleneck", "PatchGAN"} <= set(networks)
+    total = count_flops(step, *args).total
+    assert sum(part.total for part in networks.values()) == total
+    # The compiler also counts elementwise work.
+    np.testing.assert_allclose(total, compiled_flops(step, *args), rtol=0.06)
