@@ -190,3 +190,52 @@ def test_mesh_and_batch_errors():
     cfg.global_batch = 12
     with pytest.raises(ValueError, match="does not divide over data x fsdp = 8"):
         config.check_mesh(cfg, 8)
+
+
+def pins(jaxpr, found):
+    """(shape, spec) of everything that a program pins."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint":
+            found.append((equation.invars[0].aval.shape, tuple(equation.params["sharding"].spec)))
+        for inner in core.jaxprs_in_params(equation.params):
+            pins(inner, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pinned():
+    """What the step pins on a mesh with all three axes, and the abstract state."""
+    cfg, objective = tiny_objective(**QUIET)
+    sizes, preset = MESHES["mixed"]
+    mesh, groups = sharding.make_mesh(sizes), adam_groups(cfg)
+    state = train_state.abstract(objective, groups, 0, mesh, preset)
+    placement = sharding.placement(mesh, preset)
+    step = train_step.make_train_step(objective, groups, objective.phase(1), seed=0, placement=placement)
+    return cfg, state, pins(jax.make_jaxpr(step)(state, {}, objective.batch(cfg.global_batch)).jaxpr, [])
+
+
+def test_maps_are_split_over_the_tensor_axis_too_and_tokens_by_their_heads(pinned):
+    cfg, _, found = pinned
+    size, width = cfg.tokenizer.image_size, cfg.tokenizer.encoder_width
+    maps = {spec[0] for shape, spec in found if shape[:3] == (cfg.global_batch, size, size)}
+    assert maps == {("data", "fsdp", "tensor")}
+    heads = (cfg.global_batch, cfg.tokenizer.num_latent_tokens, cfg.tokenizer.encoder_heads)
+    assert {spec[:3] for shape, spec in found if shape[:3] == heads} == {(("data", "fsdp"), None, "tensor")}
+    hidden = (cfg.global_batch, cfg.tokenizer.num_latent_tokens, 4 * width)
+    assert {spec for shape, spec in found if shape == hidden} == {(("data", "fsdp"), None, "tensor")}
+
+
+def test_gradients_are_pinned_as_their_parameters_are_stored(pinned):
+    _, state, found = pinned
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        spec, name = tuple(leaf.sharding.spec), sharding.path_name(path)
+        if any(spec):
+            stacked = sharding.STACKED in name
+            assert (leaf.shape[stacked:], spec[stacked:]) in found, name
+
+
+def test_where_the_tensor_axis_does_not_divide_a_batch_maps_lie_as_tokens():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert sharding.activation_axes(mesh, 24, "images") == ("data", "fsdp", "tensor")
+    assert sharding.activation_axes(mesh, 12, "images") == sharding.activation_axes(mesh, 12, "batch")
+    assert sharding.activation_axes(mesh, 3, "heads") is None and sharding.activation_axes(mesh, 8, None) is None
