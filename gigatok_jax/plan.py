@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, program
 from gigatok_jax.planning import golden as records
-from gigatok_jax.planning import growth, parameters, picture, search, topology
+from gigatok_jax.planning import growth, parameters, picture, report, search, topology
 from gigatok_jax.scaling import chips
 from gigatok_jax.sharding import MESH_AXES
 
@@ -112,7 +112,9 @@ def plan_topologies(
             found |= _searched(cfg, where, planned, tries, grow, rows)
         else:
             rows += [planned(with_rows(cfg, per_device, where.chips), name) for name in what or known]
-    print(topology.table(rows))
+    for row in rows:
+        print(report.details(row))
+    print(report.table(rows))
     pictures = {"plan.png": picture.picture(rows)}
     trains = [row for row in rows if row["program"] == "train" and row["fits"]]
     if per_device and len(trains) > 1:
@@ -144,7 +146,7 @@ def _planned(
         print(said, file=sys.stderr, flush=True)
         made[key] = topology.plan(cfg, where, name)
         if not made[key]["fits"]:
-            print(topology.misfit(made[key]))
+            print(report.misfit(made[key]))
     return made[key]
 
 

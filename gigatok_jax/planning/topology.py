@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,39 +121,3 @@ def _failure(program: str, topology: Topology, status: int, log: str) -> str:
     raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
     end = "\n  ".join(lines[raised[-1] :][:5] if raised else lines[-5:])
     return f"compiling {program} for {topology.name} ended with status {status}:\n  {end}"
-
-
-ADVICE = (
-    "Smaller per device: --config.mesh.fsdp up to the number of chips, a smaller --config.global_batch or a larger "
-    "--config.accumulate, --config.tokenizer.remat=full, a smaller --config.tokenizer.codebook_chunk."
-)
-
-
-def table(rows: list[Mapping[str, Any]]) -> str:
-    """A line per program: memory, projected time and what bounds it; of steps and MFU both bounds."""
-    lines = [("program", "topology", "mesh", "batch", "HBM GiB", "of", "×ideal", "fits")]
-    lines[0] += ("step s", "MFU", "bound", "FLOP/B", "links MiB")
-    for row in rows:
-        mesh = "×".join(str(size) for size in row["mesh"].values())
-        memory = f"{row['hbm_gib_per_device']:.2f}", f"{row['hbm_gib_limit']:g}", "yes" if row["fits"] else "no"
-        ideal = f"{row['over_ideal']:.2f}" if "over_ideal" in row else ""
-        rest = ("",) * 5
-        if "bound" in row:
-            seconds = f"{row['projected_step_seconds']:.4g}–{row['projected_step_seconds_in_turn']:.4g}"
-            mfu = f"{row['projected_mfu']:.0%}–{row['projected_mfu_in_turn']:.0%}"
-            moved = f"{row['collective_bytes_per_step'] / 2**20:.0f}"
-            rest = seconds, mfu, row["bound"], f"{row['flops_per_byte']:.0f}", moved
-        images = str(row["images"])
-        lines.append((row["program"], row["topology"], mesh, images, *memory[:2], ideal, memory[2], *rest))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def misfit(row: Mapping[str, Any]) -> str:
-    """Why a program does not fit: its largest tensors, and what would help."""
-    largest = [
-        f"  {one['size']} {one['shape']} of {one['op'] or 'no named operation'}" for one in row.get("largest", [])
-    ]
-    said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_per_device']:.1f} GiB of "
-    largest = ["The largest tensors:", *largest] if largest else []
-    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device.", *largest, ADVICE])

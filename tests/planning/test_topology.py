@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from gigatok_jax import plan
-from gigatok_jax.planning import compiling, picture, topology
+from gigatok_jax.planning import compiling, picture, report, topology
 from gigatok_jax.scaling.chips import topology as named
 from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
 
@@ -58,7 +58,10 @@ def test_a_row_projects_and_is_drawn(answers, monkeypatch):
     assert row["fits"] and row["hbm_gib_limit"] == 16 and row["chips"] == 8
     assert row["projected_step_seconds"] == max(row["projected_seconds"].values())
     assert row["chip_hours"] == pytest.approx(row["projected_step_seconds"] * cfg.num_steps * 8 / 3600)
-    assert "train    v5e:2x4   4×2×1" in topology.table([row])
+    assert "train    v5e:2x4   4×2×1" in report.table([row])
+    said = report.details(row)
+    for words in ("GiB a device: ", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
+        assert words in said, words
     assert picture.picture([row]).size[0] > 500
 
 
@@ -74,7 +77,7 @@ def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers
     monkeypatch.setattr(topology, "compiled", lambda *args: {**needs, **mesh})
     row = topology.plan(tiny_run(), named("v5e:2x4"), "train")
     assert not row["fits"] and row["hbm_gib_limit"] == 15.75
-    said = topology.misfit(row)
+    said = report.misfit(row)
     assert "does not fit v5e:2x4: 21.2 GiB of 15.8" in said and "f32[16,256,256,128]" in said and "fsdp" in said
     small = {**answers["tokenizer", "train"], "memory": {**needs["memory"], "temporaries": 0}}
     monkeypatch.setattr(topology, "compiled", lambda *args: small)
