@@ -134,10 +134,12 @@ class Placement(NamedTuple):
     activations: (array, a logical name or None per dimension) → the array, pinned.
     weights: pytree of parameters → the same, each leaf whole but for tensor parallelism; their gradients leave split
       as the parameters are stored.
+    by_head: function of arrays (B, N, G, E) → the same, called by each device with its part of B and G.
     """
 
     activations: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
     weights: Callable[[Any], Any]
+    by_head: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
@@ -170,7 +172,15 @@ def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
         taken.defvjp(lambda x: (pinned(x, whole), None), lambda _, g: (pinned(pinned(g, whole), stored),))
         return taken(leaf)
 
-    return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params))
+    def by_head(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def split(*arrays: jax.Array) -> Any:
+            names = ("batch", None, "heads", None)
+            part = PartitionSpec(*(activation_axes(mesh, *each) for each in zip(arrays[0].shape, names)))
+            return jax.shard_map(fn, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(*arrays)
+
+        return split
+
+    return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params), by_head)
 
 
 _ACTIVATIONS = {  # the first that divides a dimension splits it

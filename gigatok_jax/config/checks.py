@@ -55,14 +55,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
     "data.crop": ("adm", "scale", "center"),
     "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
-    "tokenizer.attention": ("xla", "cudnn"),
+    "tokenizer.attention": ("xla", "cudnn", "splash"),
     "discriminator.name": ("none", "patchgan", "dino"),
     "discriminator.remat": ("none", "full", "dots"),
     "tokenizer.estimator": ("rotation", "straight_through"),
     "tokenizer.layout": ("1d", "2d"),
     "tokenizer.layer_2d": ("vit", "qformer"),
     "tokenizer.remat": ("none", "full", "dots"),
-    "generator.attention": ("xla", "cudnn"),
+    "generator.attention": ("xla", "cudnn", "splash"),
     "generator.remat": ("none", "full", "dots"),
 }
 

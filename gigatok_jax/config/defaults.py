@@ -58,7 +58,7 @@ def gigatok_tokenizer() -> ConfigDict:
             estimator="rotation",  # or "straight_through"
             distill_layer=3,  # decoder layer whose output the semantic loss reads
             teacher_dim=768,  # width of the semantic teacher (DINOv2-B); 0: no distillation head
-            attention="xla",  # or "cudnn"
+            attention="xla",  # or "cudnn" (NVIDIA), "splash" (TPUs; elsewhere as "xla")
             remat="full",  # of the ViTs' layers; or "dots", "none"
             remat_convs=True,  # residual blocks keep their input only
             unroll=1,  # layers per scan iteration
@@ -143,7 +143,7 @@ def ar_generator(size: str = "b") -> ConfigDict:
             positions="learned",  # or "rope_2d" (LlamaGen)
             modulation="none",  # or "adaln", "shared_adaln"
             qk_norm=False,
-            attention="xla",  # or "cudnn"
+            attention="xla",  # or "cudnn" (NVIDIA), "splash" (TPUs; elsewhere as "xla")
             remat="full",  # of the layers; or "dots", "none"
             unroll=1,  # layers per scan iteration
         )

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, packed_xavier, small_normal
+from gigatok_jax.nn.splash import splash_attention
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
 
 def attend(
@@ -25,12 +26,16 @@ def attend(
 
     Args:
       mask: boolean, broadcastable to (B, G, Q, N); True attends.
-      implementation: "xla" anywhere, "cudnn" for bf16/fp16 on an NVIDIA GPU.
+      implementation: "xla" anywhere, "cudnn" for bf16/fp16 on an NVIDIA GPU, "splash" a TPU's kernel, elsewhere "xla".
     Raises:
-      ValueError: for an implementation that is not one of `IMPLEMENTATIONS`.
+      ValueError: for an implementation that is not one of `IMPLEMENTATIONS`, or "splash" with a mask.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    if implementation == "splash":
+        if mask is not None:
+            raise ValueError("attention implementation 'splash' takes no mask but causal=True: use 'xla'")
+        return splash_attention(q_BQGE, k_BNGE, v_BNGE, causal)
     return jax.nn.dot_product_attention(
         q_BQGE, k_BNGE, v_BNGE, mask=mask, is_causal=causal, implementation=implementation
     )

@@ -6,7 +6,7 @@ the functions that turn logical names into `NamedSharding` constraints, for the 
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +30,15 @@ def gathered(params: Any) -> Any:
     return params if placement is None else placement.weights(params)
 
 
+def by_head(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of arrays (B, N, G, E), called by each device with its own rows and heads (`fn` itself on one device).
+
+    For what the partitioner does not know how to split, such as a kernel.
+    """
+    placement = _placement.get()
+    return fn if placement is None else placement.by_head(fn)
+
+
 def is_split() -> bool:
     """Whether what is being traced runs on several devices."""
     return _placement.get() is not None
@@ -37,7 +46,7 @@ def is_split() -> bool:
 
 @contextlib.contextmanager
 def placing(placement: Any) -> Iterator[None]:
-    """Makes `placement` (a `sharding.Placement`, or None) what `constrain` and `gathered` apply inside the block."""
+    """Makes `placement` (a `sharding.Placement`, or None) what the functions above apply inside the block."""
     token = _placement.set(placement)
     try:
         yield
