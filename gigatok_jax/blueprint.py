@@ -28,7 +28,8 @@ class Blueprint(NamedTuple):
     @property
     def state_args(self) -> tuple[Any, ...]:
         """The arguments of `train_state.init` and `train_state.abstract`."""
-        return self.objective, self.groups, self.cfg.seed, self.mesh, self.cfg.sharding.preset
+        layout = self.cfg.sharding.preset, self.cfg.sharding.offload
+        return self.objective, self.groups, self.cfg.seed, self.mesh, *layout
 
     @property
     def model(self) -> str:
@@ -47,7 +48,7 @@ def build(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bluep
     cfg = frozen.resolved(cfg)
     mesh = sharding.make_mesh(config.check_mesh(cfg, len(devices)), devices)
     objective, groups = objectives.build(cfg), optim.make_groups(cfg)
-    abstract = train_state.abstract(objective, groups, cfg.seed, mesh, cfg.sharding.preset)
+    abstract = train_state.abstract(objective, groups, cfg.seed, mesh, cfg.sharding.preset, cfg.sharding.offload)
     return Blueprint(cfg, objective, counted(cfg), groups, mesh, abstract)
 
 

@@ -2,13 +2,15 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gigatok_jax import sharding
 from gigatok_jax.sharding import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -138,13 +140,75 @@ def update(
     group: Group, gradients: Any, norm: jax.Array, opt_state: optax.OptState, params: Any, step: jax.Array
 ) -> tuple[Any, optax.OptState]:
     """New (parameters, optimiser state) after one update with gradients of global norm `norm`."""
+    return _moved(group, _clipped(group, gradients, norm), opt_state, params, group.rate(step))
+
+
+def _clipped(group: Group, gradients: Any, norm: jax.Array) -> Any:
     scale = jnp.minimum(1.0, group.clip / jnp.maximum(norm, 1e-12)) if group.clip else 1.0
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    return jax.tree.map(lambda g: g * scale, gradients)
+
+
+def _moved(
+    group: Group, gradients: Any, opt_state: optax.OptState, params: Any, rate: jax.Array
+) -> tuple[Any, optax.OptState]:
     updates, opt_state = _masked(group, params).update(gradients, opt_state, params)
-    rate = group.rate(step)
     mask = group.mask(params)
     params = jax.tree.map(lambda p, u, train: p - rate * u if train else p, params, updates, mask)
     return params, opt_state
+
+
+def where(finite: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where `finite`, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
+
+
+def update_where(
+    finite: jax.Array,
+    group: Group,
+    gradients: Any,
+    norm: jax.Array,
+    opt_state: optax.OptState,
+    params: Any,
+    step: jax.Array,
+) -> tuple[Any, optax.OptState]:
+    """`update` where `finite`, else (parameters, optimiser state) as they were.
+
+    A leaf whose moments lie in host memory has a conditional of its own, which fetches them and puts them back: a
+    TPU's compiler starts copies as early and as many at once as it can, and would hold all moments at its peak.
+    """
+    leaves = [name for tree in _parameter_trees(opt_state) for name, leaf in tree.items() if sharding.on_host(leaf)]
+    if not leaves:
+        return where(finite, update(group, gradients, norm, opt_state, params, step), (params, opt_state))
+
+    def new(gradients: Any, opt_state: optax.OptState, params: Any) -> tuple[Any, optax.OptState]:
+        params, held = _moved(group, gradients, sharding.fetched(opt_state), params, rate)
+        return params, sharding.put_back(held, opt_state)
+
+    # Clipped outside: a gradient that is whole on every device is cut to the parameter's shards before its conditional.
+    gradients, rate = _clipped(group, gradients, norm), group.rate(step)
+    found, away = {}, dict.fromkeys(leaves)
+    here = [name for name in flatten_dict(params) if name not in away]
+    for names in (here, *([name] for name in away)):
+        parts = (_branches(tree, names) for tree in (gradients, opt_state, params))
+        done = jax.lax.cond(finite, new, lambda _, opt_state, params: (params, opt_state), *parts)
+        found |= dict(jax.tree_util.tree_leaves_with_path(done))
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path], (params, opt_state))
+
+
+def _parameter_trees(opt_state: optax.OptState) -> list[dict[tuple[str, ...], Any]]:
+    """What an optimiser state holds a leaf of for every parameter, by the parameters' names."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, dict))
+    return [flatten_dict(node) for node in nodes if isinstance(node, dict)]
+
+
+def _branches(tree: Any, names: Collection[tuple[str, ...]]) -> Any:
+    """`tree` with no other leaves in its dicts, which are formed as the parameters, than those of `names`."""
+
+    def cut(node: Any) -> Any:
+        return unflatten_dict({name: leaf for name, leaf in flatten_dict(node).items() if name in names})
+
+    is_dict = lambda node: isinstance(node, dict)  # noqa: E731
+    return jax.tree.map(lambda node: cut(node) if is_dict(node) else node, tree, is_leaf=is_dict)
 
 
 def average(group: Group, ema: Any, params: Any) -> Any:

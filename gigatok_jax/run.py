@@ -47,7 +47,9 @@ class Run:
         evaluated = cfg, self.objective, self.mesh, self.source, self.frozen
         self.evaluator = evals.build(*evaluated) if cfg.data.eval_source else None
         self.identity = identity.identity(cfg, self.source)
-        self.abstract = train_state.abstract(self.objective, self.groups, cfg.seed, self.mesh, cfg.sharding.preset)
+        layout = cfg.sharding.preset, cfg.sharding.offload
+        self._state_args = self.objective, self.groups, cfg.seed, self.mesh, *layout
+        self.abstract = train_state.abstract(*self._state_args)
         microbatch = cfg.global_batch // cfg.accumulate
         check_phases(self.objective, cfg.num_steps, microbatch, self.abstract, self.frozen)
         if warning := sharding.warning(self.abstract, self.mesh):
@@ -79,7 +81,7 @@ class Run:
     def _first_state(self, allow_config_change: bool) -> train_state.TrainState:
         """The newest checkpoint, or a fresh start."""
         if self.checkpoints.latest_step() is None:
-            return train_state.init(self.objective, self.groups, self.cfg.seed, self.mesh, self.cfg.sharding.preset)
+            return train_state.init(*self._state_args)
         same = {"config": self.resolved, "allow_config_change": allow_config_change}
         state, extra = self.checkpoints.restore(self.abstract, **same)
         if not allow_config_change:

@@ -3,7 +3,7 @@
 A leaf's path is matched against `RULES`, which name the logical axes of its trailing dimensions (leading ones, such as
 the layer axis of a scanned stack, stay whole); a preset maps logical axes to mesh axes. Where a mesh axis does not
 divide its dimension, another of the leaf's dimensions takes it; `whole_leaves` tells what is left whole. Averages and
-optimiser moments lie as their parameters do.
+optimiser moments lie as their parameters do, the moments on wish in the host's memory.
 """
 
 import math
@@ -18,6 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 STACKED = "/layers/"  # in the path of a leaf that holds a scanned stack's layers
+
+OFFLOADS = ("none", "moments")
+HOST = "pinned_host"  # the memory kind that devices can copy from and to
+HOST_FROM = 2**16  # entries of a moment; copying a smaller one costs more than it holds
 
 _MOMENT = re.compile(r"^opt/(\w+)/.*?/(mu|nu)/")  # opt/GROUP/…/mu/PATH: of the parameter params/GROUP/PATH
 
@@ -108,14 +112,45 @@ def warning(abstract: Any, mesh: Mesh) -> str | None:
     )
 
 
-def state_shardings(abstract: Any, mesh: Mesh, preset: str) -> Any:
-    """A NamedSharding for every leaf of an abstract state."""
+def state_shardings(abstract: Any, mesh: Mesh, preset: str, offload: str = "none") -> Any:
+    """A NamedSharding for every leaf of an abstract state; that of a moment is in host memory where `offload` says so.
+
+    Raises:
+      ValueError: for an unknown preset or offload, or devices that cannot reach host memory.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(f"sharding.offload={offload!r} is not one of {', '.join(OFFLOADS)}")
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = _MOMENT.sub(r"params/\1/", path_name(path))
-        return NamedSharding(mesh, spec(name, leaf.shape, mesh, preset))
+        name, moments = _MOMENT.subn(r"params/\1/", path_name(path))
+        where = NamedSharding(mesh, spec(name, leaf.shape, mesh, preset))
+        away = offload == "moments" and moments and math.prod(leaf.shape) >= HOST_FROM
+        return _in_host_memory(where) if away else where
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _in_host_memory(where: NamedSharding) -> NamedSharding:
+    try:
+        return where.with_memory_kind(HOST)
+    except ValueError as error:
+        kind = where.mesh.devices.flat[0].device_kind
+        raise ValueError(f'{kind} devices cannot hold moments in host memory: sharding.offload="none"') from error
+
+
+def on_host(tree: Any) -> bool:
+    """Inside a traced program: whether any leaf lies in host memory."""
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
+
+
+def fetched(tree: Any) -> Any:
+    """Inside a traced program: the leaves that lie in host memory, brought to the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if on_host(x) else x, tree)
+
+
+def put_back(new: Any, old: Any) -> Any:
+    """Inside a traced program: `new` on the device → each leaf in the memory where `old`'s lies."""
+    return jax.tree.map(lambda n, o: jax.device_put(n, jax.memory.Space.Host) if on_host(o) else n, new, old)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -41,16 +41,20 @@ def create(objective: Any, groups: Mapping[str, optim.Group], seed: int) -> Trai
     )
 
 
-def abstract(objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh: Mesh, preset: str) -> TrainState:
+def abstract(
+    objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh: Mesh, preset: str, offload: str = "none"
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating anything."""
     shapes = jax.eval_shape(lambda: create(objective, groups, seed))
-    shardings = sharding.state_shardings(shapes, mesh, preset)
+    shardings = sharding.state_shardings(shapes, mesh, preset, offload)
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
-def init(objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh: Mesh, preset: str) -> TrainState:
+def init(
+    objective: Any, groups: Mapping[str, optim.Group], seed: int, mesh: Mesh, preset: str, offload: str = "none"
+) -> TrainState:
     """A fresh state, made sharded: no leaf is ever whole on one device unless the table says so."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(objective, groups, seed, mesh, preset))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(objective, groups, seed, mesh, preset, offload))
     # Hundreds of small random fills run once: on a CPU, optimising them costs four times what it saves.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(lambda: create(objective, groups, seed), out_shardings=shardings, compiler_options=options)()

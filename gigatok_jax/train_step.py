@@ -133,30 +133,27 @@ def _apply(
     """One update per active group, or none at all where the loss or any gradient is not finite."""
     metrics = {"loss/total": loss, **metrics}
     params, opt, ema = dict(train.params), dict(train.opt), dict(train.ema)
-    finite = jnp.isfinite(loss)
+    finite, norms = jnp.isfinite(loss), {}
     for name in active:
         parts = optim.part_norms(gradients[name])
-        norm = jnp.sqrt(sum(jnp.square(part) for part in parts.values()))
-        finite &= jnp.isfinite(norm)
-        metrics[f"grad_norm/{name}"] = norm
+        norms[name] = jnp.sqrt(sum(jnp.square(part) for part in parts.values()))
+        finite &= jnp.isfinite(norms[name])
+        metrics[f"grad_norm/{name}"] = norms[name]
         metrics |= {f"grad_norm/{name}/{part}": value for part, value in parts.items()}
         metrics[f"learning_rate/{name}"] = groups[name].rate(train.step)
-        params[name], opt[name] = optim.update(
-            groups[name], gradients[name], norm, train.opt[name], train.params[name], train.step
-        )
+    for name in active:
+        old = train.opt[name], train.params[name], train.step
+        params[name], opt[name] = optim.update_where(finite, groups[name], gradients[name], norms[name], *old)
         if name in ema:
-            ema[name] = optim.average(groups[name], train.ema[name], params[name])
-
-    def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
-
+            average = optim.average(groups[name], train.ema[name], params[name])
+            ema[name] = optim.where(finite, average, train.ema[name])
     skipped = jnp.logical_not(finite).astype(jnp.int32)
     new = TrainState(
         step=train.step + 1,
-        params=keep(params, train.params),
-        opt=keep(opt, train.opt),
-        ema=keep(ema, train.ema),
-        state=keep(state, train.state),
+        params=params,
+        opt=opt,
+        ema=ema,
+        state=optim.where(finite, state, train.state),
         skipped=train.skipped + skipped,
         skipped_in_row=jnp.where(finite, 0, train.skipped_in_row + 1),
     )

@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
     "data.crop": ("adm", "scale", "center"),
     "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
+    "sharding.offload": ("none", "moments"),
     "tokenizer.attention": ("xla", "cudnn", "splash"),
     "discriminator.name": ("none", "patchgan", "dino"),
     "discriminator.remat": ("none", "full", "dots"),

@@ -229,7 +229,10 @@ def base() -> ConfigDict:
                 prefetch=4,  # batches held ready
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # −1: all devices that are left
-            sharding=dict(preset="fsdp"),
+            sharding=dict(
+                preset="fsdp",  # or "replicated", "fsdp+tensor"
+                offload="none",  # "moments": Adam's lie in the host's memory but for the update
+            ),
             log=dict(every=50),
             eval=dict(
                 every=5000,

@@ -69,28 +69,30 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
     return {**facts, **facts_of(compiled, gpus.host_size(devices)), "compile_seconds": time.monotonic() - started}
 
 
-def facts_of(compiled: jax.stages.Compiled, host: int = 0) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (its peak by the compiler's account, and what makes it), "traffic" (see
-    `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of them (see `scaling.hlo`).
+def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]:
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, and beside it what
+    lies in "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of them (see `scaling.hlo`).
 
     Args:
-      host: devices of a host where other hosts are further away, else 0; then also "between_hosts" (see
+      per_host: devices of a host where other hosts are further away, else 0; then also "between_hosts" (see
         `scaling.projection`).
     """
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    found = hlo.collectives(text, host)
+    host = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
+    found = hlo.collectives(text, per_host)
     return {
         "fits": True,
         "memory": {
             "peak": held + sizes.temp_size_in_bytes,
             "arguments": sizes.argument_size_in_bytes,
             "temporaries": sizes.temp_size_in_bytes,
+            "host": host + sizes.host_temp_size_in_bytes,
         },
         "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
-        **({"between_hosts": _between_hosts(found)} if host else {}),
+        **({"between_hosts": _between_hosts(found)} if per_host else {}),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
     }
 
@@ -116,10 +118,12 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
 
 
 def shard_bytes(tree: Any) -> dict[str, int]:
-    """Bytes that one device holds of a pytree of placed shapes, by its first name."""
+    """Bytes that one device's own memory holds of a pytree of placed shapes, by its first name."""
     found: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = sharding.path_name(path).split("/")[0]
+        if leaf.sharding and leaf.sharding.memory_kind == sharding.HOST:
+            continue
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
         found[name] = found.get(name, 0) + jnp.dtype(leaf.dtype).itemsize * math.prod(shape)
     return found

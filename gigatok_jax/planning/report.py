@@ -5,7 +5,8 @@ from typing import Any
 
 ADVICE = (
     "Smaller per device: --config.mesh.fsdp up to the number of chips, a smaller --config.global_batch or a larger "
-    "--config.accumulate, --config.tokenizer.remat=full, a smaller --config.tokenizer.codebook_chunk."
+    "--config.accumulate, --config.tokenizer.remat=full, a smaller --config.tokenizer.codebook_chunk, "
+    "--config.sharding.offload=moments."
 )
 
 

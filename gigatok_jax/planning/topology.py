@@ -32,7 +32,7 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
     hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, the same two "in_turn" (see
     `scaling.projection`), bound, collective_bytes_per_step, flops_per_byte; of the train step also over_ideal
     (the memory against `scaling.memory`'s) and the run's chip_hours and images. "notes" say what a real run may have
-    otherwise.
+    otherwise. No projection counts copies from and to host memory, which holds host_gib_per_device.
 
     Raises:
       ValueError: the config cannot run there, naming why.
@@ -53,6 +53,7 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
         return row
     projection = project(facts, topology.chip, topology.chips)
     row |= {
+        "host_gib_per_device": facts["memory"].get("host", 0) / 2**30,
         "projected_step_seconds": projection.step,
         "projected_seconds": {name: getattr(projection, name) for name in ("compute", "memory", "links")},
         "projected_mfu": projection.mfu,

@@ -16,6 +16,7 @@ ENTRY %main (p: bf16[768,2048], q: bf16[96,2048]) -> bf16[96,2048] {
   %again = bf16[768,2048]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}
   %start = (bf16[96,2048]{1,0:S(1)}, bf16[96,2048]{1,0}, u32[]{:S(2)}) copy-start(%q)
   %done = bf16[96,2048]{1,0:S(1)} copy-done(%start)
+  %away = (bf16[96,2048]{1,0:T(8,128)(2,1)S(5)}, bf16[96,2048]{1,0}, u32[]{:S(2)}) copy-start(%q)
   %part = ((bf16[96,2048]{1,0}), bf16[96,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:96], [0:64]}
   ROOT %add = bf16[96,2048]{1,0:T(8,128)(2,1)} add(%fusion.1, %q)
 }
