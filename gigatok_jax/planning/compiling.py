@@ -70,8 +70,9 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
 
 
 def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, and beside it what
-    lies in "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of them (see `scaling.hlo`).
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, and beside it what lies in
+    "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of
+    them (see `scaling.hlo`).
 
     Args:
       per_host: devices of a host where other hosts are further away, else 0; then also "between_hosts" (see

@@ -1,8 +1,8 @@
 """What a compiled program moves between a device's memory and its processor, by what its instructions read and write.
 
 A fusion reads its operands and writes its result once; what it only slices counts as the slices, and a buffer that it
-updates in place as the update. What is marked S(1) lies in a TPU's own memory, S(5) in the host's. The scratch space of NVIDIA's libraries
-counts as nothing, for want of knowing.
+updates in place as the update. What is marked S(1) lies in a TPU's own memory, S(5) in the host's. The scratch space of
+NVIDIA's libraries counts as nothing, for want of knowing.
 """
 
 import re
@@ -131,5 +131,5 @@ def _members(shape: str) -> list[str]:
 
 
 def _in_memory(member: str) -> int:
-    """Bytes of an array, 0 for one that is marked as lying in the processor's own memory."""
+    """Bytes of an array, 0 for one that is marked as lying in the processor's own memory or the host's."""
     return 0 if "S(1)" in member or "S(5)" in member else shape_bytes(member)
