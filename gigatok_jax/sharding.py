@@ -180,8 +180,8 @@ class Placement(NamedTuple):
 def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
     """How a step that is traced lies on a mesh; None on one device.
 
-    Tokens ("batch") are split over the data-parallel axes; heads, an MLP's inside and weights by `tensor`. Feature maps
-    ("images"), whose convolutions have no tensor parallelism, are split over all three axes where these divide them.
+    The batch is split over the data-parallel axes; weights, heads, an MLP's inside and the height of feature maps by
+    `tensor`: a convolution's rows of pixels, of which neighbours swap those at the edges.
 
     Args:
       preset: by which the parameters are stored.
@@ -218,20 +218,13 @@ def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
     return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params), by_head)
 
 
-_ACTIVATIONS = {  # the first that divides a dimension splits it
-    "batch": (BATCH_AXES,),
-    "images": (MESH_AXES, BATCH_AXES),
-    "heads": (("tensor",),),
-    "mlp": (("tensor",),),
-}
+_ACTIVATIONS = {"batch": BATCH_AXES, "height": ("tensor",), "heads": ("tensor",), "mlp": ("tensor",)}
 
 
 def activation_axes(mesh: Mesh, size: int, name: str | None) -> tuple[str, ...] | None:
     """The mesh axes that split a dimension of `size` entries with a logical name; None leaves it whole."""
-    for axes in _ACTIVATIONS.get(name, ()):
-        if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
-            return axes
-    return None
+    axes = _ACTIVATIONS.get(name)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:

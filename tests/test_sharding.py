@@ -214,11 +214,11 @@ def pinned():
     return cfg, state, pins(jax.make_jaxpr(step)(state, {}, objective.batch(cfg.global_batch)).jaxpr, [])
 
 
-def test_maps_are_split_over_the_tensor_axis_too_and_tokens_by_their_heads(pinned):
+def test_maps_are_split_by_their_height_and_tokens_by_their_heads(pinned):
     cfg, _, found = pinned
     size, width = cfg.tokenizer.image_size, cfg.tokenizer.encoder_width
-    maps = {spec[0] for shape, spec in found if shape[:3] == (cfg.global_batch, size, size)}
-    assert maps == {("data", "fsdp", "tensor")}
+    maps = {spec[:3] for shape, spec in found if shape[:3] == (cfg.global_batch, size, size)}
+    assert maps == {(("data", "fsdp"), "tensor", None)}
     heads = (cfg.global_batch, cfg.tokenizer.num_latent_tokens, cfg.tokenizer.encoder_heads)
     assert {spec[:3] for shape, spec in found if shape[:3] == heads} == {(("data", "fsdp"), None, "tensor")}
     hidden = (cfg.global_batch, cfg.tokenizer.num_latent_tokens, 4 * width)
@@ -234,8 +234,8 @@ def test_gradients_are_pinned_as_their_parameters_are_stored(pinned):
             assert (leaf.shape[stacked:], spec[stacked:]) in found, name
 
 
-def test_where_the_tensor_axis_does_not_divide_a_batch_maps_lie_as_tokens():
+def test_what_an_axis_does_not_divide_stays_whole():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    assert sharding.activation_axes(mesh, 24, "images") == ("data", "fsdp", "tensor")
-    assert sharding.activation_axes(mesh, 12, "images") == sharding.activation_axes(mesh, 12, "batch")
+    assert sharding.activation_axes(mesh, 12, "batch") == ("data", "fsdp")
+    assert sharding.activation_axes(mesh, 6, "batch") is None and sharding.activation_axes(mesh, 31, "height") is None
     assert sharding.activation_axes(mesh, 3, "heads") is None and sharding.activation_axes(mesh, 8, None) is None

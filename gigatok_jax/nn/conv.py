@@ -14,7 +14,7 @@ from gigatok_jax.nn.norms import AdaptiveGroupNorm, group_norm
 
 
 class Conv(nn.Conv):
-    """A convolution whose output stays split over the batch.
+    """A convolution whose output stays split over the batch, and by its height where there is tensor parallelism.
 
     Without the constraint the partitioner may gather the batch and split the channels, where kernel and batch are
     sharded over one mesh axis. On a CPU a large kernel's gradient goes by patches.
@@ -23,7 +23,9 @@ class Conv(nn.Conv):
     conv_general_dilated: Any = conv_gradient.conv_general_dilated
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return constrain(super().__call__(constrain(x_BHWC, "images", None, None, None)), "images", None, None, None)
+        return constrain(
+            super().__call__(constrain(x_BHWC, "batch", "height", None, None)), "batch", "height", None, None
+        )
 
 
 def conv(
@@ -56,7 +58,7 @@ class ResnetBlock(nn.Module):
         h = conv(self.features, 3, self.dtype, "conv2", self.kernel_init)(h)
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = conv(self.features, 1, self.dtype, "shortcut", self.kernel_init)(x_BHWC)
-        return constrain(x_BHWC + h, "images", None, None, None)
+        return constrain(x_BHWC + h, "batch", "height", None, None)
 
 
 class AttentionBlock(nn.Module):
