@@ -38,7 +38,9 @@ def define_flags() -> None:
     flags.DEFINE_list("topology", [], "Compile for these, e.g. v5p:2x2x4,v5e:4x4,h100:8.")
     flags.DEFINE_list("mesh", [], "Axis sizes in place of the config's, e.g. fsdp=16,tensor=4; data takes the rest.")
     flags.DEFINE_list("what", [], "Programs to compile: train, encode, sample; by default all that the config has.")
-    flags.DEFINE_integer("per_device_batch", 0, "Images a device, in place of the config's batch.", lower_bound=0)
+    flags.DEFINE_integer(
+        "per_device_batch", 0, "In place of the config's batch: images of a data-parallel device.", lower_bound=0
+    )
     flags.DEFINE_string("out", "", "A folder for plan.json and plan.png.")
     flags.DEFINE_bool("search", False, "Compile the train step on several meshes and put the cheapest first.")
     flags.DEFINE_integer("tries", 4, "Meshes that --search compiles.", lower_bound=1)
@@ -68,7 +70,7 @@ def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
 
 
 def with_rows(cfg: ConfigDict, rows: int, chips: int) -> ConfigDict:
-    """The config with a batch of `rows` images a microbatch and device; 0 leaves it as it is."""
+    """The config with a batch of `rows` images a microbatch and data-parallel device; 0 leaves it as it is."""
     if not rows:
         return cfg
     cfg = cfg.copy_and_resolve_references()
@@ -92,8 +94,8 @@ def plan_topologies(
     """{"plans": a row per program and topology, see `planning.topology.plan`}; prints a table, draws under `out`.
 
     Args:
-      per_device: images of a device and microbatch; 0: the config's batch. Given, trains on several topologies are also
-        compared as they grow (see `planning.growth`).
+      per_device: images of a data-parallel device and microbatch; 0: the config's batch. Where it is given, the train
+        steps on several topologies are also compared as these grow (see `planning.growth`).
       tries: meshes of the train step to compile, the cheapest of which is "cheapest_mesh"; 0: the config's.
       grow: whether to look for "largest_batch", the largest of the train step that fits.
       golden, update: a folder of records that rows must equal, or are to be written to (see `planning.golden`).

@@ -64,7 +64,8 @@ class Steps:
         args = self.objective, groups, 0, self.mesh, preset, offload
         self.abstract, self.state = train_state.abstract(*args), train_state.init(*args)
         self.batch = sharding.place_batch(fake_batch(self.cfg), self.mesh, self.cfg.global_batch)
-        options = dict(seed=0, accumulate=1, mesh=self.mesh, abstract=self.abstract, frozen={}, batch=self.batch)
+        where = dict(mesh=self.mesh, preset=preset, abstract=self.abstract)
+        options = dict(seed=0, accumulate=1, **where, frozen={}, batch=self.batch)
         with unsimplified():
             self.compiled = compile_step(self.objective, groups, self.objective.phase(phase), **options)
 

@@ -167,7 +167,7 @@ def _train(plan: Blueprint) -> Lowered:
 def ideal(plan: Blueprint) -> memory.Ideal:
     """What the step that `_train` lowers must hold at least on a device.
 
-    Tensor parallelism is not modelled: activations are those of a data-parallel device's rows.
+    Over a tensor axis, maps and heads are split; an MLP's inside and gathered weights are counted as if they were not.
     """
     cfg, objective = plan.cfg, plan.counted
     phase = objective.phase(cfg.num_steps - 1)
@@ -186,12 +186,13 @@ def ideal(plan: Blueprint) -> memory.Ideal:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, objective.batch(rows), rest)
     )
     params, batch, rest = shapes
+    parts = memory.parts_by_tensor(plan.mesh.shape["tensor"])
     gradients = sum(shard_bytes({name: plan.abstract.params[name] for name in params}).values())
     return memory.Ideal(
         sum(sum(shard_bytes(part).values()) for part in _arguments(plan)),
         gradients * (1 + (cfg.accumulate > 1)),  # of a microbatch, and their sum
-        memory.saved_bytes(loss, params, batch, *rest),
-        memory.working_bytes(loss, params, batch, *rest),
+        memory.saved_bytes(loss, params, batch, *rest, parts=parts),
+        memory.working_bytes(loss, params, batch, *rest, parts=parts),
     )
 
 

@@ -46,11 +46,24 @@ class Ideal(NamedTuple):
         return sum(self)
 
 
-def saved_bytes(loss: Callable[..., Any], params: Any, batch: Any, *rest: Any) -> int:
+Parts = Callable[[tuple[int, ...]], int]  # an activation's shape → devices that hold a part of it each, beside its rows
+
+
+def parts_by_tensor(tensor: int) -> Parts:
+    """Of a tensor axis: feature maps (B, H, W, C) are split by height, heads and their logits (rank 4 too) by head."""
+
+    def parts(shape: tuple[int, ...]) -> int:
+        return tensor if len(shape) == 4 and any(size % tensor == 0 for size in shape[1:3]) else 1
+
+    return parts
+
+
+def saved_bytes(loss: Callable[..., Any], params: Any, batch: Any, *rest: Any, parts: Parts = lambda shape: 1) -> int:
     """`saved` of loss(params, batch, *rest) → (scalar, anything), differentiated by `params`.
 
     Args:
       batch: a device's rows, as every argument a pytree of `jax.ShapeDtypeStruct`.
+      parts: into how many parts an activation is split beside that.
     """
 
     def backward(batch: Any, params: Any, *rest: Any) -> Any:
@@ -58,10 +71,10 @@ def saved_bytes(loss: Callable[..., Any], params: Any, batch: Any, *rest: Any) -
 
     jaxpr = jax.make_jaxpr(backward)(batch, params, *rest).jaxpr
     rows = jaxpr.invars[: len(jax.tree.leaves(batch))]
-    return _least(jaxpr, set(rows), set(_variables(jaxpr.outvars)))
+    return _least(jaxpr, set(rows), set(_variables(jaxpr.outvars)), parts)
 
 
-def _least(jaxpr: core.Jaxpr, batch: set[core.Var], wanted: set[core.Var]) -> int:
+def _least(jaxpr: core.Jaxpr, batch: set[core.Var], wanted: set[core.Var], parts: Parts) -> int:
     """Bytes of the smallest set of values of which all `wanted` that depend on the batch are elementwise functions."""
     made: dict[core.Var, int] = {}  # a number for every value that depends on the batch
     edges: list[tuple[int, int, int]] = []
@@ -75,7 +88,7 @@ def _least(jaxpr: core.Jaxpr, batch: set[core.Var], wanted: set[core.Var]) -> in
         for out in equation.outvars:
             depends.add(out)
             node = made[out] = 2 * len(made) + 2  # and node + 1: what leaves it
-            edges.append((node, node + 1, -(-_bytes(out) // 1024)))
+            edges.append((node, node + 1, -(-_bytes(out) // parts(out.aval.shape) // 1024)))
             before = [made[v] + 1 for v in inputs if v in made] if elementwise else [source]
             edges += [(one, node, _NO_LIMIT) for one in before]
     edges += [(made[v] + 1, sink, _NO_LIMIT) for v in wanted & made.keys()]
@@ -94,11 +107,14 @@ def _is_elementwise(equation: core.JaxprEqn) -> bool:
     return all(_is_elementwise(one) for inner in core.jaxprs_in_params(equation.params) for one in inner.eqns)
 
 
-def working_bytes(loss: Callable[..., Any], *args: Any) -> int:
-    """`working` of loss(*args); where nothing is rematerialised, the largest product's operands and result, twice."""
+def working_bytes(loss: Callable[..., Any], *args: Any, parts: Parts = lambda shape: 1) -> int:
+    """`working` of loss(*args); where nothing is rematerialised, the largest product's operands and result, twice.
+
+    Kernels of convolutions have four dimensions too: `parts` says of them that they are split as activations.
+    """
     closed = jax.make_jaxpr(loss)(*args)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return max(map(_working, _blocks(jaxpr)), default=0)
+    return max((_working(block, parts) for block in _blocks(jaxpr)), default=0)
 
 
 def _blocks(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -111,15 +127,18 @@ def _blocks(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
                 yield from _blocks(inner)
 
 
-def _working(block: core.JaxprEqn) -> int:
+def _working(block: core.JaxprEqn, parts: Parts) -> int:
     """A block's operands and results, once; its inputs and outputs once more, for their gradients."""
+
+    def held(variables: Iterable[Any]) -> int:
+        return sum(_bytes(v) // parts(v.aval.shape) for v in set(_variables(variables)))
+
     if block.primitive.name in PRODUCTS:
-        return 2 * sum(map(_bytes, _variables([*block.invars, *block.outvars])))
+        return 2 * held([*block.invars, *block.outvars])
     (inner,) = core.jaxprs_in_params(block.params)
     products = list(_products(inner))
-    inside = sum(_bytes(v) for one in products for v in _variables(one.outvars))
-    inside += sum(_bytes(v) for v in {v for one in products for v in _variables(one.invars)})
-    return inside + sum(map(_bytes, {*_variables(block.invars), *_variables(block.outvars)}))
+    read = held(v for one in products for v in one.invars)
+    return read + held(v for one in products for v in one.outvars) + held([*block.invars, *block.outvars])
 
 
 def _products(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:

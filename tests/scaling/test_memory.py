@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gigatok_jax.scaling.memory import Ideal, saved_bytes, working_bytes
+from gigatok_jax.scaling.memory import Ideal, parts_by_tensor, saved_bytes, working_bytes
 
 ROWS, WIDTH, HIDDEN = 64, 128, 512
 MAP, WIDE = ROWS * WIDTH * 4, ROWS * HIDDEN * 4  # bytes of an activation
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
 
@@ -100,3 +101,19 @@ def test_where_nothing_is_rematerialised_it_is_the_largest_products():
 
 def test_the_ideal_is_their_sum():
     assert Ideal(1, 20, 300, 4000).total == 4321
+
+
+def test_maps_and_heads_are_held_in_parts():
+    image = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
+    kernels = weights((3, 3, 16, 16), (3, 3, 16, 16))
+
+    def loss(params, x):
+        for kernel in params:
+            x = jnp.tanh(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT))
+        return jnp.sum(x), None
+
+    one = 2 * 8 * 8 * 16 * 4
+    assert saved_bytes(loss, kernels, image) == 2 * one  # both tanh; the batch is stored anyway
+    assert saved_bytes(loss, kernels, image, parts=parts_by_tensor(4)) == 2 * one // 4
+    parts = parts_by_tensor(4)
+    assert (parts((2, 6, 8, 16)), parts((2, 6, 6, 16)), parts((2, 8, 16))) == (4, 1, 1)
