@@ -19,7 +19,7 @@ from gigatok_jax.scaling.chips import topology as named
 from gigatok_jax.sharding import path_name
 from gigatok_jax.train_step import compile_step
 from tests.steps import MESHES, ONE, adam_groups, assert_same_leaves, fake_batch, tiny_objective, train
-from tests.tiny import config_module, tiny_generator, tiny_run
+from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
 
 LAYOUTS = {"one": ONE, "mixed": MESHES["mixed"]}
 
@@ -57,7 +57,7 @@ class Steps:
     """The compiled steps of a tiny run on a layout, with moments where `offload` says."""
 
     def __init__(self, layout, offload, phase=4, **changes):
-        self.cfg, self.objective = tiny_objective(**changes)
+        self.cfg, self.objective = tiny_objective(**TINIEST, **changes)
         sizes, preset = layout
         self.mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         groups = adam_groups(self.cfg)
@@ -171,7 +171,7 @@ def test_checkpoints_are_read_across_the_option(tmp_path, first, then):
 
 
 def test_a_run_goes_on_across_the_option(tmp_path):
-    changes = dict(discriminator__name="none", loss__lecam_weight=0.0, num_steps=2, mesh__fsdp=4, mesh__data=2)
+    changes = dict(TINIEST, discriminator__name="none", loss__lecam_weight=0.0, num_steps=2, mesh__fsdp=4, mesh__data=2)
     first = train(tiny_run(**changes, sharding__offload="moments"), tmp_path, until=1)
     plain = run.Run(tiny_run(**changes), tmp_path)
     assert moved(first.state) and not moved(plain.state)
