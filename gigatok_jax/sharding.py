@@ -135,7 +135,9 @@ def _in_host_memory(where: NamedSharding) -> NamedSharding:
         return where.with_memory_kind(HOST)
     except ValueError as error:
         kind = where.mesh.devices.flat[0].device_kind
-        raise ValueError(f'{kind} devices cannot hold moments in host memory: sharding.offload="none"') from error
+        raise ValueError(
+            f"sharding.offload='moments': {kind} devices cannot reach host memory; set it to 'none'"
+        ) from error
 
 
 def on_host(tree: Any) -> bool:
