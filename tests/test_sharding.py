@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.extend import core
 
 from gigatok_jax import config, sharding, train_state, train_step
@@ -239,3 +240,15 @@ def test_what_an_axis_does_not_divide_stays_whole():
     assert sharding.activation_axes(mesh, 12, "batch") == ("data", "fsdp")
     assert sharding.activation_axes(mesh, 6, "batch") is None and sharding.activation_axes(mesh, 31, "height") is None
     assert sharding.activation_axes(mesh, 3, "heads") is None and sharding.activation_axes(mesh, 8, None) is None
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("where", ["v6e:8x8", "v5p:4x4x4"])
+def test_tensor_parallel_chips_are_neighbours_on_the_torus(where):
+    """Also four of the eight along a side."""
+    pytest.importorskip("libtpu")
+    devices = list(topologies.get_topology_desc(topology_name=where, platform="tpu").devices)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 16, "tensor": 4}, devices)
+    for group in mesh.devices.reshape(-1, 4):
+        first = np.array(group[0].coords)
+        assert max(np.abs(np.array(chip.coords) - first).sum() for chip in group) <= 3
