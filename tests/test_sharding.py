@@ -11,6 +11,7 @@ from jax.extend import core
 
 from gigatok_jax import config, sharding, train_state, train_step
 from gigatok_jax.bottlenecks import vq
+from gigatok_jax.planning.topology import ALONE
 from tests.steps import (
     MESHES,
     ONE,
@@ -244,9 +245,11 @@ def test_what_an_axis_does_not_divide_stays_whole():
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("where", ["v6e:8x8", "v5p:4x4x4"])
-def test_tensor_parallel_chips_are_neighbours_on_the_torus(where):
+def test_tensor_parallel_chips_are_neighbours_on_the_torus(monkeypatch, where):
     """Also four of the eight along a side."""
     pytest.importorskip("libtpu")
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
     devices = list(topologies.get_topology_desc(topology_name=where, platform="tpu").devices)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 16, "tensor": 4}, devices)
     for group in mesh.devices.reshape(-1, 4):

@@ -47,9 +47,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
     plan = build(cfg, devices)
     if request["program"] == "ideal":
         return {"mesh": dict(plan.mesh.shape), "ideal": ideal(plan)._asdict()}
-    lower = {"train": _train, "encode": _encode, "sample": _sample}[request["program"]]
     started = time.monotonic()
-    lowered, args, flops = lower(plan)
+    lowered, args, flops = lower(plan, request["program"])
     facts = {
         "program": request["program"],
         "mesh": dict(plan.mesh.shape),
@@ -144,6 +143,11 @@ def _arguments(plan: Blueprint) -> tuple[Any, ...]:
 
 
 Lowered = tuple[jax.stages.Lowered, tuple[Any, ...], dict[str, Any]]  # with its arguments and FLOPs
+
+
+def lower(plan: Blueprint, program: str) -> Lowered:
+    """The program "train", "encode" or "sample" of a blueprint, ready to compile."""
+    return {"train": _train, "encode": _encode, "sample": _sample}[program](plan)
 
 
 def _train(plan: Blueprint) -> Lowered:

@@ -17,8 +17,8 @@ from gigatok_jax.scaling.projection import project
 
 PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample")}
 # The compiler asks nobody on the network what machine this is, and lets others beside it.
-_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-_ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _MISSING = {  # what JAX says without them
     "TPU support not installed": 'a TPU needs the package libtpu: pip install "gigatok_jax[tpu]"',
     "topology not implemented for cuda": 'an NVIDIA GPU needs JAX\'s CUDA plugin: pip install "gigatok_jax[cuda]"',
@@ -89,7 +89,7 @@ def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) 
         with log.open("wb") as sink:
             try:
                 status = subprocess.run(
-                    command, env={**os.environ, **_ALONE}, stdout=sink, stderr=sink, timeout=timeout
+                    command, env={**os.environ, **ALONE}, stdout=sink, stderr=sink, timeout=timeout
                 ).returncode
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"compiling {program} for {topology.name} took over {timeout:g} s") from None

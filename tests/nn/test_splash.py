@@ -16,7 +16,7 @@ from gigatok_jax.nn import splash
 from gigatok_jax.nn.attention import attend
 from gigatok_jax.nn.constrain import placing
 from gigatok_jax.nn.transformer import Stack
-from gigatok_jax.planning.topology import _ALONE
+from gigatok_jax.planning.topology import ALONE
 from gigatok_jax.scaling.flops import count_flops
 from tests.compare import assert_close_tree
 from tests.tiny import config_module, tiny_generator
@@ -135,15 +135,14 @@ def test_heads_that_do_not_divide_stay_whole(seen):
 
 STEP = """
 import json, sys
-import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 from gigatok_jax.blueprint import build
-from gigatok_jax.planning.compiling import _train
+from gigatok_jax.planning.compiling import lower
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
-step, args, placed, donated, _ = _train(build(ConfigDict(json.loads(sys.argv[1])), devices))
-print(jax.jit(step, donate_argnums=donated, out_shardings=placed).lower(*args).compile().as_text())
+lowered, _, _ = lower(build(ConfigDict(json.loads(sys.argv[1])), devices), "train")
+print(lowered.compile().as_text())
 """
 
 
@@ -155,7 +154,7 @@ def test_a_step_for_tpus_calls_the_kernel_on_each_devices_part():
     cfg.update(global_batch=8, dtype="bfloat16", generator=tiny_generator(attention="splash", remat="full"))
     cfg.mesh.update(data=1, fsdp=2, tensor=2)
     command = [sys.executable, "-c", STEP, json.dumps(config.to_json(cfg))]
-    run = subprocess.run(command, env={**os.environ, **_ALONE}, capture_output=True, text=True, check=True, timeout=500)
+    run = subprocess.run(command, env={**os.environ, **ALONE}, capture_output=True, text=True, check=True, timeout=500)
     calls = re.findall(r"%splash_mha_([a-z]+)_\w+[.\d]* = (\(.*?\)) custom-call\(", run.stdout)
     assert sorted(name for name, _ in calls) == ["dkv", "dq", "fwd", "fwd"]
     assert all("bf16[4,1,128,16]" in shapes for _, shapes in calls)  # rows, heads, padded positions, channels
