@@ -79,4 +79,4 @@ class MultiHeadAttention(nn.Module):
             heads("query", q_BQD), heads("key", k_BND), heads("value", v_BND), implementation=self.implementation
         )
         out = nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")
-        return out(x_BQGE.reshape(q_BQD.shape))
+        return out(constrain(x_BQGE, "batch", None, "heads", None).reshape(q_BQD.shape))

@@ -81,7 +81,8 @@ class CausalAttention(nn.Module):
 
     def __call__(self, x_BND: jax.Array, rope: jax.Array | None) -> jax.Array:
         q, k, v = self._heads(x_BND, rope)
-        return self.out(attend(q, k, v, causal=True, implementation=self.implementation).reshape(x_BND.shape))
+        x_BNGE = attend(q, k, v, causal=True, implementation=self.implementation)
+        return self.out(constrain(x_BNGE, "batch", None, "heads", None).reshape(x_BND.shape))
 
     def step(
         self, x_B1D: jax.Array, rope: jax.Array | None, cache: Cache, position: jax.Array
