@@ -58,6 +58,7 @@ PRESETS: dict[str, dict[str, str]] = {
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor`, all of type Auto; near in it is near on a TPU's torus."""
     shape = tuple(sizes[axis] for axis in MESH_AXES)
+    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     # An axis may take part of one of the torus's, such as 4 of the 8 chips along a side of v6e:8x8.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
