@@ -73,6 +73,9 @@ def start(args: argparse.Namespace, coordinator: str, index: int) -> subprocess.
     }
     # Processes of one machine cannot share an accelerator: CPU, unless the caller says otherwise.
     env.setdefault("JAX_PLATFORMS", "cpu")
+    # Left to itself, XLA's CPU scheduler may start independent collectives in another order in each process, and Gloo
+    # takes one for the other ("op.preamble.length <= op.nbytes").
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     # Own group: Ctrl-C in a terminal would otherwise arrive twice, from the terminal and from here.
     return subprocess.Popen(
         args.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
