@@ -106,6 +106,8 @@ def plan_topologies(
     known = topology.PROGRAMS[cfg.objective]
     if unknown := set(what) - set(known):
         raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(sorted(unknown))}, but {known}")
+    if (tries or grow) and (len(names) > 1 or per_device):
+        raise ValueError("--search and --largest_batch take one --topology, and no --per_device_batch")
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {"plans": rows}
     for where in topologies:

@@ -92,6 +92,12 @@ def test_where_nothing_fits_smaller_batches_are_tried():
     assert fitting(search.largest_batch(small(), planned)) == []
 
 
+@pytest.mark.parametrize("options", [{"names": ["v5e:2x4", "v5e:2x2"]}, {"names": ["v5e:2x4"], "per_device": 2}])
+def test_a_search_is_of_one_topology_and_its_own_batch(options):
+    with pytest.raises(ValueError, match="take one --topology, and no --per_device_batch"):
+        plan.plan_topologies(small(), **options, tries=2)
+
+
 def test_plan_prints_and_writes_what_a_search_found(monkeypatch, tmp_path, capsys):
     """A compiler whose steps take a GiB an image of a device: each mesh and batch is asked for once."""
     asked = []
