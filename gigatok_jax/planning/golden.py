@@ -35,6 +35,7 @@ def shardings(cfg: ConfigDict, mesh: Mapping[str, int]) -> dict[str, list[str]]:
 def record(cfg: ConfigDict, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a plan's row."""
     facts = {name: row[name] for name in ("program", "topology", "mesh", "images")}
+    facts["preset"] = cfg.sharding.preset
     return {**facts, "shardings": shardings(cfg, row["mesh"]), "collectives": row["collective_places"]}
 
 
@@ -58,8 +59,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 said.append(
                     f"{kind} in {place or 'no module'}: were {old.get(place, 0)}, are {new.get(place, 0)} a step"
                 )
-    if before["images"] != now["images"]:
-        said.append(f"the batch was {before['images']}, is {now['images']}")
+    for name, words in (("images", "the batch"), ("preset", "the preset")):
+        if before[name] != now[name]:
+            said.append(f"{words} was {before[name]}, is {now[name]}")
     return said
 
 

@@ -38,7 +38,9 @@ def test_the_large_plans_are_recorded():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shardings_are_as_recorded(path):
     before = json.loads(path.read_text())
-    now = {**before, "shardings": golden.shardings(config_of(path.parent.name), before["mesh"])}
+    cfg = config_of(path.parent.name).copy_and_resolve_references()
+    cfg.sharding.preset = before["preset"]
+    now = {**before, "shardings": golden.shardings(cfg, before["mesh"])}
     said = golden.changes(before, now)
     assert not said, f"{path}: update it with plan.py's --update_golden if that is meant:\n" + "\n".join(said)
 
@@ -53,6 +55,7 @@ def test_what_changed_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"if that is meant, --update_golden") as error:
         golden.check(tiny_run(**TINIEST, sharding__preset="replicated"), other, tmp_path, update=False)
     said = str(error.value)
+    assert "the preset was fsdp, is replicated" in said
     assert "all-gather in decoder/cnn: were 0, are 2 a step" in said
     assert "all-reduce in no module: were 1, are 0 a step" in said
     assert "tokenizer/bottleneck/codebook: was fsdp,-, is whole" in said
