@@ -41,7 +41,8 @@ def make_train_step(
         def total(params: dict[str, Any], state: Any, batch: Any, key: jax.Array) -> Any:
             params = {name: optim.freeze(groups[name], value) for name, value in params.items()}
             params, networks = gathered({**params, **idle}), gathered(frozen)
-            return loss_fn(params, state, networks, batch, key, train.step)
+            loss, aux = loss_fn(params, state, networks, batch, key, train.step)
+            return _known_first(loss, aux), aux
 
         trained = {name: train.params[name] for name in active}
         with placing(placement):
@@ -54,6 +55,26 @@ def make_train_step(
         return _apply(train, groups, active, loss, state, metrics, gradients)
 
     return step_fn
+
+
+@jax.custom_vjp
+def _known_first(loss: jax.Array, aux: Any) -> jax.Array:
+    """The loss; its gradient waits for all of `aux`.
+
+    A compiler otherwise leaves the values of losses for the end, and keeps the features that they compare until then.
+    """
+    return loss
+
+
+def _known_first_forward(loss: jax.Array, aux: Any) -> tuple[jax.Array, Any]:
+    return loss, (loss, aux)
+
+
+def _known_first_backward(known: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    return jax.lax.optimization_barrier((g, known))[0], None
+
+
+_known_first.defvjp(_known_first_forward, _known_first_backward)
 
 
 def lower_step(

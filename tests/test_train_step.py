@@ -135,6 +135,18 @@ def test_frozen_paths_have_no_gradient_and_no_moments():
     assert paths and not [path for path in paths if "/encoder/" in path]
 
 
+def test_gradients_wait_for_the_losses():
+    """One barrier holds the loss's cotangent, every metric of the objective and the new state."""
+    cfg, objective = tiny_objective()
+    groups, phase = sgd_groups(cfg), objective.phase(1)
+    _, state, batch = build(cfg, objective, groups, ONE)
+    step = jax.make_jaxpr(make_train_step(objective, groups, phase, seed=0))(state, {}, batch)
+    args = state.params, state.state, {}, batch, jax.random.key(0), state.step
+    known = jax.tree.leaves(jax.eval_shape(objective.loss(phase), *args))
+    barriers = [one for one in step.eqns if one.primitive.name == "optimization_barrier"]
+    assert 1 + len(known) in [len(one.invars) for one in barriers]
+
+
 def test_accumulated_gradients_are_the_means():
     """Where no term has batch statistics, two microbatches give the step of the whole batch."""
     results = []

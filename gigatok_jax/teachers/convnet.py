@@ -12,6 +12,24 @@ from gigatok_jax.nn.conv import Conv
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
+@jax.custom_vjp
+def _relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), of which the way back keeps what the next layer keeps too: x > 0 where the result is."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = jax.lax.optimization_barrier(_relu(x))  # one copy for all that read it
+    return y, y
+
+
+def _relu_backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(y > 0, g, jnp.zeros_like(g)),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
+
+
 class Stage(NamedTuple):
     """A max-pool of window `pool` and stride 2 (0: none), then convolutions with ReLU; the last one is tapped."""
 
@@ -69,6 +87,6 @@ class ConvNet(nn.Module):
                     dtype=self.dtype,
                     name=f"conv{index}",
                 )
-                x, index = nn.relu(conv(x)), index + 1
+                x, index = _relu(conv(x)), index + 1
             maps.append(x)
         return tuple(maps)

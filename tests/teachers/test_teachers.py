@@ -1,5 +1,6 @@
 """Frozen networks without recordings: resizing, grids, LPIPS's properties, and what loading refuses."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from gigatok_jax.losses.perceptual import lpips
 from gigatok_jax.nn.resize import area, bicubic, bicubic_antialias, bilinear, bilinear_tf1, resize
 from gigatok_jax.nn.vit import resampled_positions
 from gigatok_jax.objectives.teachers import perceptual
+from gigatok_jax.teachers.convnet import SCALE, SHIFT, ConvNet, Stage
 from tests.compare import assert_close_tree
 from tests.networks import TINY_VGG
 from tests.networks import tiny as narrowed
@@ -33,6 +35,25 @@ def tiny(monkeypatch):
 
 def images(seed: int, size: int, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (batch, size, size, 3)).astype(np.float32)
+
+
+def test_the_way_back_keeps_a_map_per_convolution_once():
+    """Of x → ReLU(conv(x)): what the next layer reads, and neither the sign nor what went into the ReLU."""
+    net, image = ConvNet((Stage(0, (5, 5)),)), jnp.asarray(images(3, 8))
+    params = jax.tree.map(jnp.asarray, jax.device_get(net.init(jax.random.key(0), image)))
+    maps, back = jax.vjp(lambda x: net.apply(params, x)[0], image)
+    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.shape == maps.shape]
+    assert [leaf.dtype for leaf in kept] == [jnp.float32] * 2
+
+    def plain(x):
+        for kernel in params["params"].values():
+            x = nn.relu(nn.Conv(5, (3, 3)).apply({"params": kernel}, x))
+        return x
+
+    normed = (image - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+    wanted = jax.vjp(plain, normed)[1](maps)[0] / jnp.asarray(SCALE)
+    np.testing.assert_allclose(back(maps)[0], wanted, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(wanted).max()) > 1e-2
 
 
 @pytest.mark.parametrize("weights", [bilinear, bicubic, bicubic_antialias, area])
