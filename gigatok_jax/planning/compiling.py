@@ -69,8 +69,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
 
 
 def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, and beside it what lies in
-    "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of
+    """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, how much of it is ever
+    "live" at once, if the compiler says, and beside it what lies in "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of
     them (see `scaling.hlo`).
 
     Args:
@@ -87,6 +87,7 @@ def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]
             "peak": held + sizes.temp_size_in_bytes,
             "arguments": sizes.argument_size_in_bytes,
             "temporaries": sizes.temp_size_in_bytes,
+            "live": sizes.peak_memory_in_bytes,
             "host": host + sizes.host_temp_size_in_bytes,
         },
         "traffic": memory_traffic(text),

@@ -60,7 +60,7 @@ def test_a_row_projects_and_is_drawn(answers, monkeypatch):
     assert row["chip_hours"] == pytest.approx(row["projected_step_seconds"] * cfg.num_steps * 8 / 3600)
     assert "train    v5e:2x4   4×2×1" in report.table([row])
     said = report.details(row)
-    for words in ("GiB a device: ", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
+    for words in ("GiB a device: ", "are live at once", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
         assert words in said, words
     assert picture.picture([row]).size[0] > 500
 
