@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,32 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         if (needs := out_of_memory(str(error))) is None:
             raise
         return {**facts, **needs, "compile_seconds": time.monotonic() - started}
-    return {**facts, **facts_of(compiled, gpus.host_size(devices)), "compile_seconds": time.monotonic() - started}
+    found = facts_of(compiled, gpus.host_size(devices), stacks(args[0]))
+    return {**facts, **found, "compile_seconds": time.monotonic() - started}
 
 
-def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]:
+def stacks(state: Any) -> set[tuple[int, ...]]:
+    """The shapes of parameters that hold the same weights of several layers, split over devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        leaf.shape
+        for path, leaf in leaves
+        if sharding.STACKED in sharding.path_name(path)
+        and leaf.shape[0] > 1
+        and leaf.sharding
+        and any(leaf.sharding.spec)
+    }
+
+
+def facts_of(compiled: jax.stages.Compiled, per_host: int = 0, stacked: Iterable[Sequence[int]] = ()) -> dict[str, Any]:
     """Of one device, in bytes: "memory" (its peak by the compiler's account, what makes it, how much of it is ever
-    "live" at once, if the compiler says, and beside it what lies in "host" memory), "traffic" (see `scaling.traffic`) and, a step, "collectives" by kind, by place and the largest of
-    them (see `scaling.hlo`).
+    "live" at once, if the compiler says, and beside it what lies in "host" memory), "traffic" (see `scaling.traffic`)
+    and, a step, "collectives" by kind, by place and the largest of them (see `scaling.hlo`).
 
     Args:
       per_host: devices of a host where other hosts are further away, else 0; then also "between_hosts" (see
         `scaling.projection`).
+      stacked: shapes that no collective should gather; "gathered_stacks" has what made those that one does.
     """
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -93,6 +108,7 @@ def facts_of(compiled: jax.stages.Compiled, per_host: int = 0) -> dict[str, Any]
         "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
+        "gathered_stacks": [f"{one.shape} of {one.op}" for one in hlo.gathers(found, stacked)],
         **({"between_hosts": _between_hosts(found)} if per_host else {}),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
     }

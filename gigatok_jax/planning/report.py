@@ -46,6 +46,8 @@ def details(row: Mapping[str, Any]) -> str:
         sent = {f"{kind} ×{one['count']:,.0f}": one["bytes"] for kind, one in row["collectives"].items()}
         lines.append("MiB sent a device and step: " + (_listed(sent, 2**20, ",.0f") or "none"))
         lines.append("projected seconds, each at its peak: " + _listed(row["projected_seconds"], 1, ".3g"))
+    if whole := row.get("gathered_stacks"):
+        lines.append("gathers all layers' weights at once, not a layer's: " + "; ".join(whole[:3]))
     if "chip_hours" in row:
         lines.append(
             f"the config's run: {row['images_of_the_run']:,} images, {row['chip_hours']:,.0f} chip-hours, projected"

@@ -7,7 +7,7 @@ states, or else as its condition says, which compares a counter with a constant 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gigatok_jax.scaling.groups import fewest_on_a_host, groups
@@ -204,6 +204,16 @@ def _plain(shape: str) -> str:
 def _origin(rest: str) -> str:
     match = re.search(r'op_name="([^"]*)"', rest)
     return match[1] if match else ""
+
+
+def gathers(found: Sequence[Collective], shapes: Iterable[Sequence[int]]) -> list[Collective]:
+    """The all-gathers that make an array of one of these shapes, in any order of its axes and whatever its dtype."""
+    wanted = {tuple(sorted(shape)) for shape in shapes}
+
+    def made(one: Collective) -> set[tuple[int, ...]]:
+        return {tuple(sorted(map(int, dims.split(",")))) for _, dims in _SHAPE.findall(one.shape) if dims}
+
+    return [one for one in found if one.kind == "all-gather" and made(one) & wanted]
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:

@@ -62,6 +62,8 @@ def test_a_row_projects_and_is_drawn(answers, monkeypatch):
     said = report.details(row)
     for words in ("GiB a device: ", "are live at once", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
         assert words in said, words
+    assert "gathers all layers' weights" not in said
+    assert "at once, not a layer's: f32[4,8] of x" in report.details({**row, "gathered_stacks": ["f32[4,8] of x"]})
     assert picture.picture([row]).size[0] > 500
 
 
@@ -99,6 +101,7 @@ def test_a_tiny_generator_is_compiled_for_a_tpu():
     row = topology.plan(cfg, named("v5e:2x2"), "train")
     assert row["fits"] and row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert row["collectives"]["all-gather"]["count"] > 0
+    assert row["gathered_stacks"] == []
 
 
 @pytest.mark.tpu

@@ -35,6 +35,20 @@ def test_a_scan_gathers_one_layer_as_often_as_it_has_layers(mesh):
     assert (gather.count, gather.devices, gather.payload) == (5, 8, 64 * 64 * 4)
     assert gather.bytes == 5 * 64 * 64 * 4 * 7 / 8
     assert hlo.by_kind([gather, gather]) == {"all-gather": {"count": 10, "bytes": 2 * gather.bytes}}
+    assert not hlo.gathers([gather], [(5, 64, 64)])
+
+
+def test_a_stack_that_is_gathered_whole_is_found(mesh):
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def fn(kernels, x):
+        kernels = jax.lax.with_sharding_constraint(kernels, whole)
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    split = PartitionSpec(None, "fsdp", None)
+    found = hlo.collectives(text_of(fn, mesh, ((5, 64, 64), split), ((16, 64), PartitionSpec("fsdp"))))
+    assert [one.count for one in hlo.gathers(found, [(64, 5, 64), (1, 2)])] == [1]
+    assert not hlo.gathers(found, [(5, 64, 32)])
 
 
 def test_a_sum_over_devices_sends_its_payload_twice(mesh):
