@@ -36,8 +36,6 @@ def details(row: Mapping[str, Any]) -> str:
     parts = {**held.get("state", {}), "frozen": sum(held.get("frozen", {}).values())}
     parts |= {"temporaries": row["memory"].get("temporaries", 0)}
     lines = [f"{row['program']} on {row['topology']}, GiB a device: " + _listed(parts, gib, ".3g")]
-    if live := row["memory"].get("live"):
-        lines[0] += f"; at most {live / gib:.3g} of the {row['memory']['peak'] / gib:.3g} are live at once"
     if networks := row["flops"].get("networks"):
         lines.append(
             "TFLOPs a step by network: " + _listed({name or "other": n for name, n in networks.items()}, 1e12, ".4g")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import types
 
 import jax
 import pytest
@@ -60,7 +61,7 @@ def test_a_row_projects_and_is_drawn(answers, monkeypatch):
     assert row["chip_hours"] == pytest.approx(row["projected_step_seconds"] * cfg.num_steps * 8 / 3600)
     assert "train    v5e:2x4   4×2×1" in report.table([row])
     said = report.details(row)
-    for words in ("GiB a device: ", "are live at once", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
+    for words in ("GiB a device: ", "Tokenizer/decoder", "all-gather ×", "64 images, ", "compute "):
         assert words in said, words
     assert "gathers all layers' weights" not in said
     assert "at once, not a layer's: f32[4,8] of x" in report.details({**row, "gathered_stacks": ["f32[4,8] of x"]})
@@ -92,6 +93,16 @@ def test_bad_requests_are_one_error():
     with pytest.raises(ValueError, match="this config has no sample"):
         plan.plan_topologies(tiny_run(), ["v5e:2x2"], ["sample"])
     assert plan.with_mesh(tiny_run(), ["fsdp=4"]).mesh.to_dict() == {"data": -1, "fsdp": 4, "tensor": 1}
+
+
+def test_the_peak_is_what_is_laid_out():
+    """Of a GPU all temporaries are; of a TPU what is live at once, state that is donated counted once."""
+    names = ("argument", "output", "alias", "temp")
+    sizes = {f"{name}_size_in_bytes": size for name, size in zip(names, (100, 90, 80, 50))}
+    sizes |= {f"host_{name}_size_in_bytes": size for name, size in zip(names, (7, 5, 5, 1))}
+    sizes = types.SimpleNamespace(**sizes, peak_memory_in_bytes=130)
+    assert compiling.memory_of(sizes, "gpu") == {"peak": 160, "arguments": 100, "temporaries": 50, "host": 8}
+    assert compiling.memory_of(sizes, "tpu") == {"peak": 130, "arguments": 100, "temporaries": 20, "host": 8}
 
 
 @pytest.mark.tpu
