@@ -160,7 +160,7 @@ def _searched(
     """Adds the rows that a search compiled to `rows`; {"cheapest_mesh", "largest_batch"} as asked for."""
     found: dict[str, Any] = {}
     if tries:
-        by_price = search.cheapest_mesh(cfg, where, planned, lambda cfg: topology.least(cfg, where), tries)
+        by_price = search.cheapest_mesh(cfg, where, planned, lambda cfg: topology.estimated(cfg, where), tries)
         rows += by_price
         found["cheapest_mesh"] = by_price[0]["mesh"]
         cfg = search.on(cfg, found["cheapest_mesh"])

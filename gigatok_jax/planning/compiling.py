@@ -196,7 +196,7 @@ def _train(plan: Blueprint) -> Lowered:
 
 
 def ideal(plan: Blueprint) -> memory.Ideal:
-    """What the step that `_train` lowers must hold at least on a device.
+    """What the step that `_train` lowers would hold on a device.
 
     Over a tensor axis, maps and heads are split; an MLP's inside and gathered weights are counted as if they were not.
     """

@@ -70,8 +70,8 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
     return row
 
 
-def least(cfg: ConfigDict, topology: Topology) -> int:
-    """Bytes that a device must hold at least of the train step; see `scaling.memory`. Nothing is compiled.
+def estimated(cfg: ConfigDict, topology: Topology) -> int:
+    """Bytes that a device would hold of the train step; see `scaling.memory`. Nothing is compiled.
 
     Raises:
       ValueError: the config cannot run there, naming why.

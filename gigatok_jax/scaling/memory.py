@@ -1,4 +1,4 @@
-"""What a train step must hold at least, from its jaxpr alone: the measure that a compiler's figure is held against.
+"""What a train step would hold, from its jaxpr alone: the ideal that a compiler's figure is held against.
 
 Of one device, in bytes:
 
@@ -13,6 +13,9 @@ Of one device, in bytes:
 
 Elementwise results (activations, casts, masks) are made again where they are read, if that keeps less: `saved` is a
 minimum cut. A device's rows are traced alone, so what depends on the batch has the size that one device has of it.
+
+A program may take less: what is saved goes as gradients come, and the largest block may not be at work when most is
+saved.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -71,10 +74,10 @@ def saved_bytes(loss: Callable[..., Any], params: Any, batch: Any, *rest: Any, p
 
     jaxpr = jax.make_jaxpr(backward)(batch, params, *rest).jaxpr
     rows = jaxpr.invars[: len(jax.tree.leaves(batch))]
-    return _least(jaxpr, set(rows), set(_variables(jaxpr.outvars)), parts)
+    return _cut(jaxpr, set(rows), set(_variables(jaxpr.outvars)), parts)
 
 
-def _least(jaxpr: core.Jaxpr, batch: set[core.Var], wanted: set[core.Var], parts: Parts) -> int:
+def _cut(jaxpr: core.Jaxpr, batch: set[core.Var], wanted: set[core.Var], parts: Parts) -> int:
     """Bytes of the smallest set of values of which all `wanted` that depend on the batch are elementwise functions."""
     made: dict[core.Var, int] = {}  # a number for every value that depends on the batch
     edges: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""What a step must hold at least, by hand."""
+"""What a step would hold, by hand."""
 
 import jax
 import jax.numpy as jnp
