@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.scaling import memory
 from gigatok_jax.scaling.flops import Flops
 
 
@@ -46,12 +47,9 @@ def measure(call: Call, carry: Any, steps: int, warmup: int) -> tuple[dict[str, 
 
 
 def compiler_peak_mib(compiled: jax.stages.Compiled) -> float | None:
-    """Arguments + outputs − aliases + temporaries of one device, in MiB; None where the backend does not say."""
+    """A program's peak on one device in MiB, see `scaling.memory.taken`; None where the backend does not say."""
     sizes = compiled.memory_analysis()
-    if sizes is None:
-        return None
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return (held + sizes.temp_size_in_bytes) / 2**20
+    return None if sizes is None else memory.taken(sizes, jax.default_backend())["peak"] / 2**20
 
 
 def describe(record: Mapping[str, Any]) -> str:

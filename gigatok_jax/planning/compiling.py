@@ -84,9 +84,9 @@ def stacks(state: Any) -> set[tuple[int, ...]]:
 def facts_of(
     compiled: jax.stages.Compiled, devices: Sequence[jax.Device], stacked: Iterable[Sequence[int]] = ()
 ) -> dict[str, Any]:
-    """Of one device, in bytes: "memory" (see `memory_of`), "traffic" (see `scaling.traffic`) and, a step, "collectives"
-    by kind, by place and the largest of them (see `scaling.hlo`); of GPUs on several hosts also what goes
-    "between_hosts" (see `scaling.projection`).
+    """Of one device, in bytes: "memory" (see `scaling.memory.taken`), "traffic" (see `scaling.traffic`) and, a step,
+    "collectives" by kind, by place and the largest of them (see `scaling.hlo`); of GPUs on several hosts also what
+    goes "between_hosts" (see `scaling.projection`).
 
     Args:
       stacked: shapes that no collective should gather; "gathered_stacks" has what made those that one does.
@@ -95,32 +95,13 @@ def facts_of(
     found = hlo.collectives(text, per_host)
     return {
         "fits": True,
-        "memory": memory_of(compiled.memory_analysis(), devices[0].platform),
+        "memory": memory.taken(compiled.memory_analysis(), devices[0].platform),
         "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
         "gathered_stacks": [f"{one.shape} of {one.op}" for one in hlo.gathers(found, stacked)],
         **({"between_hosts": _between_hosts(found)} if per_host else {}),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
-    }
-
-
-def memory_of(sizes: Any, platform: str) -> dict[str, int]:
-    """A program's "peak", its "arguments" and the "temporaries" beside them, and what it holds in "host" memory.
-
-    On a GPU temporaries are one block, whose size is stated. On a TPU what is stated is more than what is laid out
-    (`ar.py:xxl` compiles for v5e:2x2 with 128 rows a chip, arguments and temporaries being 17.4 GiB of 15.75): the peak
-    is the most that is ever live at once, the processor's own memory (at most 128 MiB) included. The compiler's layout
-    was seen to take between that and 4 % more.
-    """
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    host = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
-    peak = sizes.peak_memory_in_bytes if platform == "tpu" else held + sizes.temp_size_in_bytes
-    return {
-        "peak": peak,
-        "arguments": sizes.argument_size_in_bytes,
-        "temporaries": peak - held,
-        "host": host + sizes.host_temp_size_in_bytes,
     }
 
 

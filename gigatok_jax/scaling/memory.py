@@ -1,4 +1,4 @@
-"""What a train step would hold, from its jaxpr alone: the ideal that a compiler's figure is held against.
+"""What a train step would hold, from its jaxpr alone: an ideal; and the compiler's figure that is held against it.
 
 Of one device, in bytes:
 
@@ -47,6 +47,25 @@ class Ideal(NamedTuple):
     def total(self) -> int:
         """All of them."""
         return sum(self)
+
+
+def taken(sizes: Any, platform: str) -> dict[str, int]:
+    """What a compiled program takes: its "peak", "arguments", "temporaries" beside them, and what is in "host" memory.
+
+    On a GPU temporaries are one block, whose size is stated. On a TPU what is stated is more than what is laid out
+    (`ar.py:xxl` compiles for v5e:2x2 with 128 rows a chip, arguments and temporaries being 17.4 GiB of 15.75): the peak
+    is the most that is ever live at once, the processor's own memory (at most 128 MiB) included. The compiler's layout
+    was seen to take between that and 4 % more.
+    """
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    host = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
+    peak = sizes.peak_memory_in_bytes if platform == "tpu" else held + sizes.temp_size_in_bytes
+    return {
+        "peak": peak,
+        "arguments": sizes.argument_size_in_bytes,
+        "temporaries": peak - held,
+        "host": host + sizes.host_temp_size_in_bytes,
+    }
 
 
 Parts = Callable[[tuple[int, ...]], int]  # an activation's shape → devices that hold a part of it each, beside its rows

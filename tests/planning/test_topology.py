@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import types
 
 import jax
 import pytest
@@ -93,16 +92,6 @@ def test_bad_requests_are_one_error():
     with pytest.raises(ValueError, match="this config has no sample"):
         plan.plan_topologies(tiny_run(), ["v5e:2x2"], ["sample"])
     assert plan.with_mesh(tiny_run(), ["fsdp=4"]).mesh.to_dict() == {"data": -1, "fsdp": 4, "tensor": 1}
-
-
-def test_the_peak_is_what_is_laid_out():
-    """Of a GPU all temporaries are; of a TPU what is live at once, state that is donated counted once."""
-    names = ("argument", "output", "alias", "temp")
-    sizes = {f"{name}_size_in_bytes": size for name, size in zip(names, (100, 90, 80, 50))}
-    sizes |= {f"host_{name}_size_in_bytes": size for name, size in zip(names, (7, 5, 5, 1))}
-    sizes = types.SimpleNamespace(**sizes, peak_memory_in_bytes=130)
-    assert compiling.memory_of(sizes, "gpu") == {"peak": 160, "arguments": 100, "temporaries": 50, "host": 8}
-    assert compiling.memory_of(sizes, "tpu") == {"peak": 130, "arguments": 100, "temporaries": 20, "host": 8}
 
 
 @pytest.mark.tpu

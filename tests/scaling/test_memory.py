@@ -1,10 +1,12 @@
-"""What a step would hold, by hand."""
+"""What a step would hold, by hand, and what a compiled one takes."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from gigatok_jax.scaling.memory import Ideal, parts_by_tensor, saved_bytes, working_bytes
+from gigatok_jax.scaling.memory import Ideal, parts_by_tensor, saved_bytes, taken, working_bytes
 
 ROWS, WIDTH, HIDDEN = 64, 128, 512
 MAP, WIDE = ROWS * WIDTH * 4, ROWS * HIDDEN * 4  # bytes of an activation
@@ -117,3 +119,13 @@ def test_maps_and_heads_are_held_in_parts():
     assert saved_bytes(loss, kernels, image, parts=parts_by_tensor(4)) == 2 * one // 4
     parts = parts_by_tensor(4)
     assert (parts((2, 6, 8, 16)), parts((2, 6, 6, 16)), parts((2, 8, 16))) == (4, 1, 1)
+
+
+def test_the_peak_is_what_is_laid_out():
+    """Of a GPU all temporaries are; of a TPU what is live at once, state that is donated counted once."""
+    names = ("argument", "output", "alias", "temp")
+    sizes = {f"{name}_size_in_bytes": size for name, size in zip(names, (100, 90, 80, 50))}
+    sizes |= {f"host_{name}_size_in_bytes": size for name, size in zip(names, (7, 5, 5, 1))}
+    sizes = types.SimpleNamespace(**sizes, peak_memory_in_bytes=130)
+    assert taken(sizes, "gpu") == {"peak": 160, "arguments": 100, "temporaries": 50, "host": 8}
+    assert taken(sizes, "tpu") == {"peak": 130, "arguments": 100, "temporaries": 20, "host": 8}
