@@ -12,6 +12,7 @@ JSON object. Nothing is allocated.
 import functools
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,12 +55,14 @@ def with_mesh(cfg: ConfigDict, sizes: Sequence[str]) -> ConfigDict:
     """The config with axis sizes such as ["fsdp=16"]; `data` takes what is left unless it is named.
 
     Raises:
-      ValueError: for another form or axis.
+      ValueError: for another form or axis, or one that is named twice.
     """
     if not sizes:
         return cfg
     cfg = cfg.copy_and_resolve_references()
     mesh = {"data": 1 if any(size.endswith("=-1") for size in sizes) else -1, "fsdp": 1, "tensor": 1}
+    if len({size.partition("=")[0] for size in sizes}) < len(sizes):
+        raise ValueError(f"--mesh={','.join(sizes)} names an axis twice")
     for size in sizes:
         axis, _, number = size.partition("=")
         if axis not in mesh or not re.fullmatch(r"-1|[1-9]\d*", number):
@@ -100,75 +103,92 @@ def plan_topologies(
       grow: whether to look for "largest_batch", the largest of the train step that fits.
       golden, update: a folder of records that rows must equal, or are to be written to (see `planning.golden`).
     Raises:
-      ValueError, RuntimeError: as `planning.topology.plan`; a row is not as recorded, once all are printed.
+      ValueError, RuntimeError: as `planning.topology.plan`; a row is not as recorded. Rows that were made are shown.
     """
     topologies = [chips.topology(name) for name in names]
-    known = topology.PROGRAMS[cfg.objective]
-    if unknown := set(what) - set(known):
+    programs = what or topology.PROGRAMS[cfg.objective]
+    if unknown := set(programs) - set(topology.PROGRAMS[cfg.objective]):
+        known = ", ".join(topology.PROGRAMS[cfg.objective])
         raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(sorted(unknown))}, but {known}")
-    if (tries or grow) and (len(names) > 1 or per_device):
-        raise ValueError("--search and --largest_batch take one --topology, and no --per_device_batch")
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"plans": rows}
-    for where in topologies:
-        planned = functools.partial(_planned, where, {})
-        if tries or grow:
-            found |= _searched(cfg, where, planned, tries, grow, rows)
-        else:
-            rows += [planned(with_rows(cfg, per_device, where.chips), name) for name in what or known]
-    for row in rows:
-        print(report.details(row))
-    print(report.table(rows))
-    pictures = {"plan.png": picture.picture(rows)}
-    trains = [row for row in rows if row["program"] == "train" and row["fits"]]
-    if per_device and len(trains) > 1:
-        points = growth.growth(trains)
-        print(growth.table(points))
-        pictures["growth.png"] = growth.picture(points)
-    for note in dict.fromkeys(note for row in rows for note in row.get("notes", ())):
-        print(f"note: {note}")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
-        for name, image in pictures.items():
-            image.save(Path(out) / name)
-            print(f"{out}/{name}")
+    if (tries or grow) and (len(names) > 1 or per_device or what not in ((), [], ["train"])):
+        raise ValueError("--search and --largest_batch take one --topology, no --per_device_batch, and --what=train")
+    if update and not golden:
+        raise ValueError("--update_golden writes to the folder of --golden: name it")
+    if not tries:
+        for where in topologies:
+            config.check_mesh(with_rows(cfg, per_device, where.chips), where.chips)
+    found: dict[str, Any] = {"plans": []}
+    try:
+        for where in topologies:
+            planned = functools.partial(_planned, where, {}, found["plans"])
+            if tries or grow:
+                _search(cfg, where, planned, tries, grow, found)
+            else:
+                for name in programs:
+                    planned(with_rows(cfg, per_device, where.chips), name)
+    finally:
+        if found["plans"]:
+            _show(found, bool(per_device), out)
     if golden:
-        for row in rows:
+        for row in found["plans"]:
             records.check(cfg, row, Path(golden), update)
     return found
 
 
 def _planned(
-    where: chips.Topology, made: dict[str, dict[str, Any]], cfg: ConfigDict, name: str = "train"
+    where: chips.Topology,
+    made: dict[str, dict[str, Any]],
+    rows: list[dict[str, Any]],
+    cfg: ConfigDict,
+    name: str = "train",
 ) -> dict[str, Any]:
-    """A row, made once for equal requests."""
+    """A row, made once for equal requests and added to `rows`."""
     key = json.dumps([name, config.to_json(cfg)])
     if key not in made:
         sizes = "×".join(str(cfg.mesh[axis]) for axis in MESH_AXES)
         said = f"compiling {name} for {where.name}, mesh {sizes}, batch {cfg.global_batch} …"
         print(said, file=sys.stderr, flush=True)
         made[key] = topology.plan(cfg, where, name)
+        rows.append(made[key])
         if not made[key]["fits"]:
             print(report.misfit(made[key]))
     return made[key]
 
 
-def _searched(
-    cfg: ConfigDict, where: chips.Topology, planned: search.Planned, tries: int, grow: bool, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Adds the rows that a search compiled to `rows`; {"cheapest_mesh", "largest_batch"} as asked for."""
-    found: dict[str, Any] = {}
+def _search(
+    cfg: ConfigDict, where: chips.Topology, planned: search.Planned, tries: int, grow: bool, found: dict[str, Any]
+) -> None:
+    """Adds "cheapest_mesh" and "largest_batch", as asked for, to what was found, and puts the cheapest row first."""
     if tries:
         by_price = search.cheapest_mesh(cfg, where, planned, lambda cfg: topology.estimated(cfg, where), tries)
-        rows += by_price
+        found["plans"][:] = by_price
         found["cheapest_mesh"] = by_price[0]["mesh"]
         cfg = search.on(cfg, found["cheapest_mesh"])
     if grow:
         grown = search.largest_batch(cfg, planned)
-        rows += [row for row in grown if row not in rows]
         found["largest_batch"] = max((row["images"] for row in grown if row["fits"]), default=0)
-    return found
+
+
+def _show(found: dict[str, Any], grown: bool, out: str) -> None:
+    """Prints what the rows are made of, their table and notes, and writes plan.json and pictures under `out`."""
+    rows = found["plans"]
+    for row in rows:
+        print(report.details(row))
+    print(report.table(rows))
+    pictures = {"plan.png": picture.picture(rows)}
+    trains = [row for row in rows if row["program"] == "train" and row["fits"]]
+    if grown and len(trains) > 1:
+        found["growth"] = growth.growth(trains)
+        print(growth.table(found["growth"]))
+        pictures["growth.png"] = growth.picture(found["growth"])
+    for note in dict.fromkeys(note for row in rows for note in row.get("notes", ())):
+        print(f"note: {note}")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "plan.json").write_text(json.dumps(found, indent=2) + "\n")
+        for name, image in pictures.items():
+            image.save(Path(out) / name)
+            print(f"{out}/{name}")
 
 
 def main(argv: list[str]) -> None:
@@ -176,6 +196,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags take the form --name=value")
     if FLAGS.params == bool(FLAGS.topology):
         sys.exit("error: one of --params (a table of the parameters, with --depth=N) and --topology=KIND:SHAPE")
+    if FLAGS.search and FLAGS.mesh:
+        sys.exit("error: --search tries meshes of its own; it takes no --mesh")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so ends the compiler's process
     jax.config.update("jax_platforms", "cpu")  # a plan must not take hold of an accelerator that a run is using
     try:
         config.validate(FLAGS.config)

@@ -46,7 +46,8 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         (cfg, notes), options = gpus.without_fused_attention(cfg), gpus.COMPILER_OPTIONS
     plan = build(cfg, devices)
     if request["program"] == "ideal":
-        return {"mesh": dict(plan.mesh.shape), "ideal": ideal(plan)._asdict()}
+        dearest = max(ideals(plan).values(), key=lambda one: one.total)
+        return {"mesh": dict(plan.mesh.shape), "ideal": dearest._asdict()}
     started = time.monotonic()
     lowered, args, flops = lower(plan, request["program"])
     facts = {
@@ -55,30 +56,32 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         "images": plan.cfg.global_batch // (1 if request["program"] == "train" else plan.cfg.accumulate),
         "flops": flops,
         "notes": notes,
-        "argument_bytes": {name: shard_bytes(value) for name, value in zip(("state", "frozen", "batch"), args)},
+        "argument_bytes": {name: shard_bytes(value) for name, value in args.items()},
     }
     if request["program"] == "train":
-        facts["ideal"] = ideal(plan)._asdict()
+        phases = ideals(plan)
+        facts["ideal"] = list(phases.values())[-1]._asdict()
+        facts["phases"] = {name: one.total for name, one in phases.items()}
     try:
         compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if (needs := out_of_memory(str(error))) is None:
             raise
         return {**facts, **needs, "compile_seconds": time.monotonic() - started}
-    return {**facts, **facts_of(compiled, devices, stacks(args[0])), "compile_seconds": time.monotonic() - started}
+    stacked = stacks(args) if request["program"] != "sample" else ()  # whose layers lie apart
+    return {**facts, **facts_of(compiled, devices, stacked), "compile_seconds": time.monotonic() - started}
 
 
-def stacks(state: Any) -> set[tuple[int, ...]]:
-    """The shapes of parameters that hold the same weights of several layers, split over devices."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {
-        leaf.shape
-        for path, leaf in leaves
-        if sharding.STACKED in sharding.path_name(path)
-        and leaf.shape[0] > 1
-        and leaf.sharding
-        and any(leaf.sharding.spec)
-    }
+def stacks(args: Any) -> set[tuple[int, ...]]:
+    """The shapes of parameters that hold the same weights of several layers, whole and as parts of a tensor axis."""
+    found = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if sharding.STACKED not in sharding.path_name(path) or leaf.shape[0] == 1 or not leaf.sharding:
+            continue
+        if any(leaf.sharding.spec):
+            parts = [leaf.sharding.mesh.shape["tensor"] if axis == "tensor" else 1 for axis in leaf.sharding.spec]
+            found |= {leaf.shape, tuple(size // part for size, part in zip(leaf.shape, parts))}
+    return found
 
 
 def facts_of(
@@ -96,6 +99,7 @@ def facts_of(
     return {
         "fits": True,
         "memory": memory.taken(compiled.memory_analysis(), devices[0].platform),
+        "largest": hlo.largest(text),
         "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
@@ -114,8 +118,11 @@ def _between_hosts(found: Sequence[hlo.Collective]) -> dict[str, float]:
 
 
 def out_of_memory(message: str) -> dict[str, Any] | None:
-    """What a compiler says that has no room: {"fits": False, "memory": {"peak"}, "limit", "largest"}; else None."""
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", message)
+    """What a compiler says that has no room in a chip's memory; of anything else that it says None.
+
+    {"fits": False, "memory": {"peak"}, "limit", "largest"}
+    """
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
     if not used:
         return None
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -145,12 +152,13 @@ def _batch(plan: Blueprint, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _arguments(plan: Blueprint) -> tuple[Any, ...]:
-    """(state, frozen networks, batch) of the train step, placed."""
-    return plan.abstract, frozen.abstract(plan.cfg, plan.mesh), _batch(plan, plan.cfg.global_batch)
+def _arguments(plan: Blueprint) -> dict[str, Any]:
+    """What the train step takes, placed."""
+    networks = frozen.abstract(plan.cfg, plan.mesh)
+    return {"state": plan.abstract, "frozen": networks, "batch": _batch(plan, plan.cfg.global_batch)}
 
 
-Lowered = tuple[jax.stages.Lowered, tuple[Any, ...], dict[str, Any]]  # with its arguments and FLOPs
+Lowered = tuple[jax.stages.Lowered, dict[str, Any], dict[str, Any]]  # with its arguments by name, and FLOPs
 
 
 def lower(plan: Blueprint, program: str) -> Lowered:
@@ -164,25 +172,29 @@ def _train(plan: Blueprint) -> Lowered:
     phase = plan.objective.phase(cfg.num_steps - 1)
     options = dict(seed=cfg.seed, accumulate=cfg.accumulate)
     args = _arguments(plan)
-    networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args)
+    networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args.values())
     plain = make_train_step(counted(cfg, recomputed=False), plan.groups, phase, **options)
     flops = {
         "hardware": sum(part.total for part in networks.values()),
-        "model": count_flops(plain, *args).total,
+        "model": count_flops(plain, *args.values()).total,
         "networks": {name: part.total for name, part in networks.items()},
     }
-    values = dict(zip(("abstract", "frozen", "batch"), args))
+    values = {"abstract": args["state"], "frozen": args["frozen"], "batch": args["batch"]}
     where = dict(mesh=mesh, preset=cfg.sharding.preset)
     return lower_step(plan.objective, plan.groups, phase, **options, **where, **values), args, flops
 
 
-def ideal(plan: Blueprint) -> memory.Ideal:
-    """What the step that `_train` lowers would hold on a device.
+def ideals(plan: Blueprint) -> dict[str, memory.Ideal]:
+    """{phase: what its step would hold on a device}, in the run's order; the last is that which `_train` lowers."""
+    return {str(phase): ideal(plan, phase) for phase in plan.objective.phases(plan.cfg.num_steps)}
+
+
+def ideal(plan: Blueprint, phase: Any) -> memory.Ideal:
+    """What the step of a phase would hold on a device.
 
     Over a tensor axis, maps and heads are split; an MLP's inside and gathered weights are counted as if they were not.
     """
     cfg, objective = plan.cfg, plan.counted
-    phase = objective.phase(cfg.num_steps - 1)
     rows = cfg.global_batch // cfg.accumulate // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
     params = {name: plan.abstract.params[name] for name in objective.active(phase)}
     idle = {name: value for name, value in plan.abstract.params.items() if name not in params}
@@ -201,7 +213,7 @@ def ideal(plan: Blueprint) -> memory.Ideal:
     parts = memory.parts_by_tensor(plan.mesh.shape["tensor"])
     gradients = sum(shard_bytes({name: plan.abstract.params[name] for name in params}).values())
     return memory.Ideal(
-        sum(sum(shard_bytes(part).values()) for part in _arguments(plan)),
+        sum(sum(shard_bytes(part).values()) for part in _arguments(plan).values()),
         gradients * (1 + (cfg.accumulate > 1)),  # of a microbatch, and their sum
         memory.saved_bytes(loss, params, batch, *rest, parts=parts),
         memory.working_bytes(loss, params, batch, *rest, parts=parts),
@@ -213,7 +225,11 @@ def _encode(plan: Blueprint) -> Lowered:
     args = plan.abstract.params["tokenizer"], _batch(plan, rows)["image"]
     flops = count_flops(programs.inference(plan.counted, "encode", plan.mesh), *args).total
     fn = programs.inference(plan.objective, "encode", plan.mesh)
-    return _split_output(plan, fn).lower(*args), args, {"hardware": flops, "model": flops}
+    return _split_output(plan, fn).lower(*args), _named(*args), {"hardware": flops, "model": flops}
+
+
+def _named(params: Any, batch: Any) -> dict[str, Any]:
+    return {"state": {"params": params}, "batch": {"rows": batch}}
 
 
 def _sample(plan: Blueprint) -> Lowered:
@@ -230,7 +246,7 @@ def _sample(plan: Blueprint) -> Lowered:
     args = held, _batch(plan, rows)["label"]
     fn = programs.sampler(plan, rows, SCALE, dtype)
     flops = count_flops(fn, *args).total
-    return _split_output(plan, fn).lower(*args), args, {"hardware": flops, "model": flops}
+    return _split_output(plan, fn).lower(*args), _named(*args), {"hardware": flops, "model": flops}
 
 
 def _split_output(plan: Blueprint, fn: Any) -> Any:

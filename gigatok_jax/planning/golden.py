@@ -35,7 +35,9 @@ def shardings(cfg: ConfigDict, mesh: Mapping[str, int]) -> dict[str, list[str]]:
 def record(cfg: ConfigDict, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a plan's row."""
     facts = {name: row[name] for name in ("program", "topology", "mesh", "images")}
-    facts["preset"] = cfg.sharding.preset
+    facts |= {"preset": cfg.sharding.preset, "gathered_stacks": row["gathered_stacks"]}
+    if "over_ideal" in row:
+        facts["over_ideal"] = round(row["over_ideal"], 2)  # kept to be read: another compiler's differs
     return {**facts, "shardings": shardings(cfg, row["mesh"]), "collectives": row["collective_places"]}
 
 
@@ -59,7 +61,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 said.append(
                     f"{kind} in {place or 'no module'}: were {old.get(place, 0)}, are {new.get(place, 0)} a step"
                 )
-    for name, words in (("images", "the batch"), ("preset", "the preset")):
+    for name, words in (
+        ("images", "the batch"),
+        ("preset", "the preset"),
+        ("gathered_stacks", "what is gathered whole"),
+    ):
         if before[name] != now[name]:
             said.append(f"{words} was {before[name]}, is {now[name]}")
     return said
@@ -69,8 +75,10 @@ def check(cfg: ConfigDict, row: Mapping[str, Any], folder: Path, update: bool) -
     """Compares a row with its record under `folder`, or writes it there.
 
     Raises:
-      ValueError: it has none, or another.
+      ValueError: it has none, or another, or does not fit.
     """
+    if "collective_places" not in row:
+        raise ValueError(f"{row['program']} does not fit {row['topology']}: there is nothing to compare or record")
     path, now = file_of(folder, row), record(cfg, row)
     if update:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-ADVICE = (
-    "Smaller per device: --config.mesh.fsdp up to the number of chips, a smaller --config.global_batch or a larger "
-    "--config.accumulate, --config.tokenizer.remat=full, a smaller --config.tokenizer.codebook_chunk, "
-    "--config.sharding.offload=moments."
-)
-
 
 def table(rows: list[Mapping[str, Any]]) -> str:
     """A line per program: memory, projected time and what bounds it; of steps and MFU both bounds."""
@@ -48,7 +42,8 @@ def details(row: Mapping[str, Any]) -> str:
         lines.append("gathers all layers' weights at once, not a layer's: " + "; ".join(whole[:3]))
     if "chip_hours" in row:
         lines.append(
-            f"the config's run: {row['images_of_the_run']:,} images, {row['chip_hours']:,.0f} chip-hours, projected"
+            f"num_steps such steps: {row['images_of_the_run']:,} images, {row['chip_hours']:,.0f} to "
+            f"{row['chip_hours_in_turn']:,.0f} chip-hours, projected"
         )
     return "\n  ".join(lines)
 
@@ -66,4 +61,19 @@ def misfit(row: Mapping[str, Any]) -> str:
     ]
     said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_per_device']:.1f} GiB of "
     largest = ["The largest tensors:", *largest] if largest else []
-    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device.", *largest, ADVICE])
+    return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device.", *largest, advice(row)])
+
+
+def advice(row: Mapping[str, Any]) -> str:
+    """What of its settings would make a program smaller on a device."""
+    mesh, settings, train = row["mesh"], row["settings"], row["program"] == "train"
+    section = "generator" if row["program"] == "sample" or "GPT" in row["flops"].get("networks", {}) else "tokenizer"
+    helps = {
+        "--mesh=fsdp=N with a larger N": mesh["data"] > 1,
+        "a larger --config.accumulate": train,
+        f"--config.{section}.remat=full": train and settings["remat"] != "full",
+        "a smaller --config.tokenizer.codebook_chunk": section == "tokenizer",
+        "--config.sharding.offload=moments": train and settings["offload"] == "none",
+        "more chips": mesh["data"] == 1,
+    }
+    return "Smaller per device: " + ", ".join(["a smaller --config.global_batch", *(n for n, y in helps.items() if y)])

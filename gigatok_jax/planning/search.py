@@ -1,5 +1,7 @@
 """What to rent and how to fill it: the cheapest mesh of a topology, and the largest batch that fits."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ GAIN = 1.05  # below which a larger batch is not worth another compilation
 
 
 def meshes(cfg: ConfigDict, topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes on which the config can run, the most promising first: little tensor parallelism, then little fsdp.
+    """Meshes on which the config can run: of every size of the tensor axis one, then the next of each, little first.
 
     A smaller fsdp gathers weights among fewer chips but stores more on each.
     """
@@ -24,13 +26,16 @@ def meshes(cfg: ConfigDict, topology: Topology) -> Iterator[dict[str, int]]:
     ]
     rows = cfg.global_batch // cfg.accumulate
     splits = "tensor" in sharding.PRESETS[cfg.sharding.preset].values()
-    for tensor in _divisors(topology.chips):
-        if tensor > 1 and (not splits or any(number % tensor for number in heads)):
-            continue
+
+    def of(tensor: int) -> Iterator[dict[str, int]]:
         for fsdp in _divisors(topology.chips // tensor):
             data = topology.chips // tensor // fsdp
             if rows % (data * fsdp) == 0:
                 yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+    sizes = [n for n in _divisors(topology.chips) if n == 1 or (splits and not any(number % n for number in heads))]
+    for some in itertools.zip_longest(*map(of, sizes)):
+        yield from filter(None, some)
 
 
 def _divisors(number: int) -> list[int]:
@@ -54,7 +59,7 @@ def cheapest_mesh(
       estimated: a config → bytes of a device; what is over the chip's memory, by more than the estimate is wide, is not
         compiled.
     Raises:
-      ValueError: no mesh can hold it.
+      ValueError: no mesh can hold it, or none of those that were tried.
     """
     limit = topology.chip.hbm_gib * 2**30
     found = []
@@ -65,13 +70,19 @@ def cheapest_mesh(
             break
     if not found:
         raise ValueError(f"no mesh of {topology.name} holds config.global_batch={cfg.global_batch}: take more chips")
-    worst = float("inf")
-    key = lambda row: (row.get("projected_step_seconds", worst), row.get("projected_step_seconds_in_turn", worst))  # noqa: E731
-    return sorted(found, key=key)
+    if not any(row["fits"] for row in found):
+        raise ValueError(f"none of {len(found)} meshes of {topology.name} fits: more --tries, or more chips")
+
+    def price(row: Mapping[str, Any]) -> tuple[float, ...]:
+        times = row.get("projected_step_seconds", math.inf), row.get("projected_step_seconds_in_turn", math.inf)
+        return not row["fits"], *times
+
+    return sorted(found, key=price)
 
 
 def largest_batch(cfg: ConfigDict, planned: Planned, tries: int = 4) -> list[dict[str, Any]]:
-    """Rows on the way to the largest global batch that fits, to a twentieth; the largest that does is the answer.
+    """Rows on the way to the largest global batch that fits, to a twentieth and the 3 % of the memory that a prediction
+    leaves free; the largest that does is the answer.
 
     What grows with the batch is taken to grow evenly, from the state and gradients that do not: each batch that was
     compiled predicts the next.

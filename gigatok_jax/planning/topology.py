@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from gigatok_jax import config
 from gigatok_jax.scaling.chips import Topology
 from gigatok_jax.scaling.projection import project
+from gigatok_jax.sharding import PRESETS
 
 PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample")}
 # The compiler asks nobody on the network what machine this is, and lets others beside it.
@@ -30,24 +32,30 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
     """What one program of a config needs on a topology, as in the answer of `planning.compiling` and, where it fits:
 
     hbm_gib_per_device, hbm_gib_limit, projected_step_seconds, projected_mfu, the same two "in_turn" (see
-    `scaling.projection`), bound, collective_bytes_per_step, flops_per_byte; of the train step also over_ideal
-    (the memory against `scaling.memory`'s) and the run's chip_hours and images. "notes" say what a real run may have
-    otherwise. No projection counts copies from and to host memory, which holds host_gib_per_device.
+    `scaling.projection`), bound, collective_bytes_per_step (of a device), flops_per_byte; of the train step also
+    over_ideal (the memory against `scaling.memory`'s) and the chip_hours and images of num_steps such steps. What an
+    earlier phase of the run would take, by `scaling.memory`, is in hbm_gib_of_a_phase: it must fit too. "settings" are
+    the config's that bear on this, "notes" say what a real run may have otherwise. No projection counts copies from and
+    to host memory, which holds host_gib_per_device.
 
     Raises:
       ValueError: the config cannot run there, naming why.
       RuntimeError: the compiler failed, with the end of what it wrote.
     """
     facts = compiled(cfg, topology, program, timeout)
-    limit = facts.get("limit", topology.chip.hbm_gib * 2**30)
+    limit, peak = facts.get("limit", topology.chip.hbm_gib * 2**30), facts["memory"]["peak"]
+    phases = facts.get("phases", {})
+    most = peak + max(phases.values(), default=0) - next(reversed(phases.values()), 0)
     row = {
         "topology": topology.name,
         "chips": topology.chips,
         **facts,
-        "fits": facts["fits"] and facts["memory"]["peak"] <= limit,
-        "hbm_gib_per_device": facts["memory"]["peak"] / 2**30,
+        "settings": settings(cfg),
+        "fits": facts["fits"] and most <= limit,
+        "hbm_gib_per_device": peak / 2**30,
+        "hbm_gib_of_a_phase": most / 2**30,
         "hbm_gib_limit": limit / 2**30,
-        "notes": [*facts.get("notes", ()), *_notes(topology, facts["memory"]["peak"] / limit)],
+        "notes": [*facts.get("notes", ()), *_notes(cfg, topology, peak / limit), *_phase_notes(phases, peak, most)],
     }
     if not facts["fits"]:
         return row
@@ -66,6 +74,7 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
     if program == "train":
         row["over_ideal"] = facts["memory"]["peak"] / sum(facts["ideal"].values())
         row["chip_hours"] = projection.step * cfg.num_steps * topology.chips / 3600
+        row["chip_hours_in_turn"] = projection.in_turn * cfg.num_steps * topology.chips / 3600
         row["images_of_the_run"] = cfg.num_steps * cfg.global_batch
     return row
 
@@ -101,9 +110,28 @@ def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) 
     return facts
 
 
-def _notes(topology: Topology, filled: float) -> list[str]:
-    """What holds of GPUs; `filled` is the share of a device's memory that the program takes."""
-    notes = []
+def settings(cfg: ConfigDict) -> dict[str, Any]:
+    """What of a config bears on a plan, beside its sizes."""
+    model = cfg["generator" if "generator" in cfg else "tokenizer"]
+    named = {"preset": cfg.sharding.preset, "offload": cfg.sharding.offload, "accumulate": cfg.accumulate}
+    return {**named, "dtype": cfg.dtype, "attention": model.attention, "remat": model.remat}
+
+
+def _phase_notes(phases: Mapping[str, int], peak: float, most: float) -> list[str]:
+    if most <= peak:
+        return []
+    name = max(phases, key=lambda name: phases[name])
+    return [
+        f"an earlier phase of the run, {name}, would take {most / 2**30:.2f} GiB a device by the formula: "
+        "--config.num_steps=N of a step N in it compiles it"
+    ]
+
+
+def _notes(cfg: ConfigDict, topology: Topology, filled: float) -> list[str]:
+    """What a mesh leaves whole, and what holds of GPUs; `filled` is the share of a device's memory that is taken."""
+    notes, preset = [], cfg.sharding.preset
+    if config.mesh_sizes(cfg, topology.chips)["tensor"] > 1 and "tensor" not in PRESETS[preset].values():
+        notes.append(f"the preset {preset} splits no weights over tensor: --config.sharding.preset=fsdp+tensor does")
     if topology.chip.platform == "cuda" and JAX_TAKES < filled <= 1:
         notes.append(
             f"JAX takes {JAX_TAKES:.0%} of a GPU's memory, and this is {filled:.0%}: set XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -207,13 +207,31 @@ def _origin(rest: str) -> str:
 
 
 def gathers(found: Sequence[Collective], shapes: Iterable[Sequence[int]]) -> list[Collective]:
-    """The all-gathers that make an array of one of these shapes, in any order of its axes and whatever its dtype."""
-    wanted = {tuple(sorted(shape)) for shape in shapes}
+    """The all-gathers that make an array of one of these shapes, in any order of its axes, axes of 1 aside."""
+
+    def plain(shape: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(size for size in shape if size > 1))
 
     def made(one: Collective) -> set[tuple[int, ...]]:
-        return {tuple(sorted(map(int, dims.split(",")))) for _, dims in _SHAPE.findall(one.shape) if dims}
+        return {plain(map(int, dims.split(","))) for _, dims in _SHAPE.findall(one.shape) if dims}
 
+    wanted = set(map(plain, shapes))
     return [one for one in found if one.kind == "all-gather" and made(one) & wanted]
+
+
+def largest(text: str, number: int = 3) -> list[dict[str, str]]:
+    """The largest arrays that a program makes, each {"size", "shape", "op"}; what a fusion keeps to itself is none."""
+    found, _ = computations(text)
+    fused = {called for lines in found.values() for line in lines if line.opcode == "fusion" for called in line.called}
+    arrays: dict[tuple[str, str], int] = {}
+    for line in (line for name, lines in found.items() if name not in fused for line in lines):
+        if line.opcode in ("tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"):
+            continue
+        for kind, dims in _SHAPE.findall(_plain(line.shape)):
+            shape = f"{kind}[{dims}]"
+            arrays[shape, _origin(line.rest)] = shape_bytes(shape)
+    first = sorted(arrays.items(), key=lambda item: -item[1])[:number]
+    return [{"size": f"{size / 2**20:.1f}M", "shape": shape, "op": op} for (shape, op), size in first]
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:

@@ -10,8 +10,9 @@ Of one device and step:
     MFU      = FLOPs without recomputation / (devices · peak FLOP/s · step)
     in turn  = the sum of the three: each is at its peak, and nothing overlaps
 
-Real steps take longer than the first: matrix units are rarely full, and collectives wait. With full units they lie
-between the first and the last.
+Real steps take longer than the first: matrix units are rarely full, and collectives wait. Both are optimistic about
+links: every collective is taken to use all of a chip's, though one among few chips, or at the edge of a slice that no
+link closes to a ring, uses some.
 """
 
 from collections.abc import Mapping

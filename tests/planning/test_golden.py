@@ -26,13 +26,21 @@ def config_of(folder):
 
 def a_row(**changes):
     row = {"program": "train", "topology": "v5e:2x4", "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "images": 8}
+    row |= {"gathered_stacks": [], "over_ideal": 1.084}
     return {**row, "collective_places": {"all-gather": {"decoder/stack": 3}, "all-reduce": {"": 1}}, **changes}
 
 
 def test_the_large_plans_are_recorded():
     recorded = {(path.parent.name, json.loads(path.read_text())["topology"]) for path in FILES}
-    assert ("gigatok-xl-xxl", "v5p:2x2x4") in recorded
+    assert {("gigatok-xl-xxl", where) for where in ("v5p:2x2x4", "v5e:8x8", "v6e:8x8")} <= recorded
     assert {("gigatok-s-s", "v5e:4x4"), ("gigatok-b-l", "v5e:4x4"), ("ar-xxl", "v5e:4x4")} <= recorded
+
+
+def test_large_plans_are_near_their_ideal():
+    ratios = {
+        path: json.loads(path.read_text()).get("over_ideal", 0) for path in FILES if path.parent.name not in SMALL
+    }
+    assert 0.8 < max(ratios.values()) <= 1.25, ratios
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -49,6 +57,8 @@ def test_what_changed_is_said(tmp_path):
     cfg = tiny_run(**TINIEST)
     with pytest.raises(ValueError, match=r"train-v5e-2x4-1x8x1.json does not exist: --update_golden writes it"):
         golden.check(cfg, a_row(), tmp_path, update=False)
+    assert json.loads(golden.file_of(tmp_path, a_row()).read_text())["over_ideal"] == 1.08
+    golden.check(cfg, a_row(over_ideal=1.2), tmp_path, update=False)
     golden.check(cfg, a_row(), tmp_path, update=True)
     golden.check(cfg, a_row(), tmp_path, update=False)
     other = a_row(collective_places={"all-gather": {"decoder/stack": 3, "decoder/cnn": 2}})

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from gigatok_jax import plan
-from gigatok_jax.planning import compiling, picture, report, topology
+from gigatok_jax.planning import compiling, golden, picture, report, topology
 from gigatok_jax.scaling.chips import topology as named
 from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
 
@@ -67,7 +67,7 @@ def test_a_row_projects_and_is_drawn(answers, monkeypatch):
     assert picture.picture([row]).size[0] > 500
 
 
-def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers):
+def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers, tmp_path):
     needs = compiling.out_of_memory(FULL)
     assert needs["largest"][0] == {
         "size": "2.00G",
@@ -75,15 +75,35 @@ def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers
         "shape": "f32[16,256,256,128]",
     }
     assert compiling.out_of_memory("INTERNAL: something else") is None
-    mesh = {"mesh": {"data": 4, "fsdp": 2, "tensor": 1}, "program": "train"}
+    assert compiling.out_of_memory("Ran out of memory in memory space vmem. Used 200.00M of 128.00M vmem.") is None
+    mesh = {"mesh": {"data": 4, "fsdp": 2, "tensor": 1}, "program": "train", "flops": {}}
     monkeypatch.setattr(topology, "compiled", lambda *args: {**needs, **mesh})
     row = topology.plan(tiny_run(), named("v5e:2x4"), "train")
     assert not row["fits"] and row["hbm_gib_limit"] == 15.75
     said = report.misfit(row)
     assert "does not fit v5e:2x4: 21.2 GiB of 15.8" in said and "f32[16,256,256,128]" in said and "fsdp" in said
+    assert "--config.sharding.offload=moments" in said and "tokenizer.codebook_chunk" in said
+    said = report.misfit({**row, "program": "sample", "mesh": {"data": 1, "fsdp": 8, "tensor": 1}})
+    assert "more chips" in said and "offload" not in said and "tokenizer" not in said
+    with pytest.raises(ValueError, match="there is nothing to compare or record"):
+        golden.check(tiny_run(), row, tmp_path, update=True)
     small = {**answers["tokenizer", "train"], "memory": {**needs["memory"], "temporaries": 0}}
     monkeypatch.setattr(topology, "compiled", lambda *args: small)
     assert not topology.plan(tiny_run(), named("v5e:2x4"), "train")["fits"]
+
+
+@pytest.mark.parametrize("more, fits", [(4 * 2**30, True), (6 * 2**30, False)])
+def test_an_earlier_phase_must_fit_too(monkeypatch, answers, more, fits):
+    facts = answers["tokenizer", "train"]
+    names, totals = zip(*facts["phases"].items())
+    assert totals[-1] == sum(facts["ideal"].values())
+    assert [("auxiliary=True" in name, "adversarial=True" in name) for name in names] == [(True, True), (False, True)]
+    phases = {"Phase(auxiliary=True)": totals[-1] + more, "Phase()": totals[-1]}
+    facts = {**facts, "phases": phases, "limit": facts["memory"]["peak"] + 5 * 2**30}
+    monkeypatch.setattr(topology, "compiled", lambda *args: facts)
+    row = topology.plan(tiny_run(mesh__fsdp=2), named("v5e:2x4"), "train")
+    assert row["fits"] is fits and row["hbm_gib_of_a_phase"] > row["hbm_gib_per_device"] + 3.9
+    assert [note for note in row["notes"] if "an earlier phase of the run, Phase(auxiliary=True)" in note]
 
 
 def test_bad_requests_are_one_error():
