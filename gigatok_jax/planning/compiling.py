@@ -25,7 +25,7 @@ from gigatok_jax.hub import frozen
 from gigatok_jax.planning import gpus
 from gigatok_jax.sampling import precision
 from gigatok_jax.scaling import chips, hlo, memory
-from gigatok_jax.scaling.flops import count_flops, flops_by_network
+from gigatok_jax.scaling.flops import Flops, count_flops, flops_by_network
 from gigatok_jax.scaling.traffic import memory_traffic
 from gigatok_jax.train_step import lower_step, make_train_step
 
@@ -55,7 +55,7 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
         "mesh": dict(plan.mesh.shape),
         "images": plan.cfg.global_batch // (1 if request["program"] == "train" else plan.cfg.accumulate),
         "flops": flops,
-        "notes": notes,
+        "notes": [*notes, *(f"FLOPs leave out {one}" for one in flops["left_out"])],
         "argument_bytes": {name: shard_bytes(value) for name, value in args.items()},
     }
     if request["program"] == "train":
@@ -174,9 +174,11 @@ def _train(plan: Blueprint) -> Lowered:
     args = _arguments(plan)
     networks = flops_by_network(make_train_step(plan.counted, plan.groups, phase, **options), *args.values())
     plain = make_train_step(counted(cfg, recomputed=False), plan.groups, phase, **options)
+    model = count_flops(plain, *args.values())
     flops = {
         "hardware": sum(part.total for part in networks.values()),
-        "model": count_flops(plain, *args.values()).total,
+        "model": model.total,
+        "left_out": list(model.notes),
         "networks": {name: part.total for name, part in networks.items()},
     }
     values = {"abstract": args["state"], "frozen": args["frozen"], "batch": args["batch"]}
@@ -223,13 +225,15 @@ def ideal(plan: Blueprint, phase: Any) -> memory.Ideal:
 def _encode(plan: Blueprint) -> Lowered:
     rows = plan.cfg.global_batch // plan.cfg.accumulate
     args = plan.abstract.params["tokenizer"], _batch(plan, rows)["image"]
-    flops = count_flops(programs.inference(plan.counted, "encode", plan.mesh), *args).total
-    fn = programs.inference(plan.objective, "encode", plan.mesh)
-    return _split_output(plan, fn).lower(*args), _named(*args), {"hardware": flops, "model": flops}
+    flops = count_flops(programs.inference(plan.counted, "encode", plan.mesh), *args)
+    return _inference(plan, programs.inference(plan.objective, "encode", plan.mesh), flops, *args)
 
 
-def _named(params: Any, batch: Any) -> dict[str, Any]:
-    return {"state": {"params": params}, "batch": {"rows": batch}}
+def _inference(plan: Blueprint, fn: Any, flops: Flops, params: Any, batch: Any) -> Lowered:
+    """A program of weights and a batch, whose output is split as the batch."""
+    lowered = jax.jit(fn, out_shardings=sharding.batch_sharding(plan.mesh)).lower(params, batch)
+    counts = {"hardware": flops.total, "model": flops.total, "left_out": list(flops.notes)}
+    return lowered, {"state": {"params": params}, "batch": {"rows": batch}}, counts
 
 
 def _sample(plan: Blueprint) -> Lowered:
@@ -245,12 +249,7 @@ def _sample(plan: Blueprint) -> Lowered:
     )
     args = held, _batch(plan, rows)["label"]
     fn = programs.sampler(plan, rows, SCALE, dtype)
-    flops = count_flops(fn, *args).total
-    return _split_output(plan, fn).lower(*args), _named(*args), {"hardware": flops, "model": flops}
-
-
-def _split_output(plan: Blueprint, fn: Any) -> Any:
-    return jax.jit(fn, out_shardings=sharding.batch_sharding(plan.mesh))
+    return _inference(plan, fn, count_flops(fn, *args), *args)
 
 
 def main(argv: list[str]) -> None:
