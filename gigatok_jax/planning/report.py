@@ -59,7 +59,7 @@ def misfit(row: Mapping[str, Any]) -> str:
     largest = [
         f"  {one['size']} {one['shape']} of {one['op'] or 'no named operation'}" for one in row.get("largest", [])
     ]
-    said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_per_device']:.1f} GiB of "
+    said = f"{row['program']} does not fit {row['topology']}: {row['hbm_gib_of_a_phase']:.1f} GiB of "
     largest = ["The largest tensors:", *largest] if largest else []
     return "\n".join([f"{said}{row['hbm_gib_limit']:.1f} a device.", *largest, advice(row)])
 

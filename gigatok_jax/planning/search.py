@@ -106,5 +106,5 @@ def largest_batch(cfg: ConfigDict, planned: Planned, tries: int = 4) -> list[dic
 def _predicted(row: Mapping[str, Any], step: int) -> int:
     """The largest batch, a multiple of `step`, that should fit by what `row` needs."""
     fixed = (row["ideal"]["stored"] + row["ideal"]["gradients"]) / 2**30
-    room, taken = MARGIN * row["hbm_gib_limit"] - fixed, row["hbm_gib_per_device"] - fixed
+    room, taken = MARGIN * row["hbm_gib_limit"] - fixed, row["hbm_gib_of_a_phase"] - fixed
     return int(row["images"] * room / taken) // step * step

@@ -49,8 +49,9 @@ def test_the_cheapest_of_those_that_may_fit():
         search.cheapest_mesh(small(), V5E, planned, lambda cfg: 2**40, tries=3)
 
 
-def memory(fixed, per_image, limit, bend=0.0):
-    """A step of so many GiB: what does not grow, what an image takes, and what makes large batches dearer."""
+def memory(fixed, per_image, limit, bend=0.0, phase=0.0):
+    """A step of so many GiB: what does not grow, what an image takes, what makes large batches dearer, and what an
+    earlier phase takes more an image."""
     asked = []
 
     def planned(cfg):
@@ -60,8 +61,9 @@ def memory(fixed, per_image, limit, bend=0.0):
         return {
             "images": images,
             "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
-            "fits": needs <= limit,
+            "fits": needs + phase * images <= limit,
             "hbm_gib_per_device": needs,
+            "hbm_gib_of_a_phase": needs + phase * images,
             "hbm_gib_limit": limit,
             "ideal": {"stored": fixed * 2**30, "gradients": 0, "saved": 0, "working": 0},
         }
@@ -85,6 +87,11 @@ def test_a_batch_that_did_not_fit_bounds_the_next():
     planned, asked = memory(fixed=2, per_image=0.01, limit=16, bend=1e-5)
     best = max(fitting(search.largest_batch(small(), planned)))
     assert 16 < best < asked[1] and 2 + 0.01 * best + 1e-5 * best**2 <= 16
+
+
+def test_the_dearest_phase_bounds_the_batch():
+    planned, asked = memory(fixed=2, per_image=0.01, limit=16, phase=0.01)
+    assert max(fitting(search.largest_batch(small(), planned))) == 672 and asked == [16, 672]
 
 
 def test_where_nothing_fits_smaller_batches_are_tried():

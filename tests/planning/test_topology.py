@@ -4,9 +4,11 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gigatok_jax import plan
+from gigatok_jax import plan, sharding
 from gigatok_jax.planning import compiling, golden, picture, report, topology
 from gigatok_jax.scaling.chips import topology as named
 from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
@@ -102,6 +104,7 @@ def test_an_earlier_phase_must_fit_too(monkeypatch, answers, more, fits):
     facts = {**facts, "phases": phases, "limit": facts["memory"]["peak"] + 5 * 2**30}
     monkeypatch.setattr(topology, "compiled", lambda *args: facts)
     row = topology.plan(tiny_run(mesh__fsdp=2), named("v5e:2x4"), "train")
+    assert fits or f"{row['hbm_gib_of_a_phase']:.1f} GiB of {row['hbm_gib_limit']:.1f} a device" in report.misfit(row)
     assert row["fits"] is fits and row["hbm_gib_of_a_phase"] > row["hbm_gib_per_device"] + 3.9
     assert [note for note in row["notes"] if "an earlier phase of the run, Phase(auxiliary=True)" in note]
 
@@ -112,6 +115,18 @@ def test_bad_requests_are_one_error():
     with pytest.raises(ValueError, match="this config has no sample"):
         plan.plan_topologies(tiny_run(), ["v5e:2x2"], ["sample"])
     assert plan.with_mesh(tiny_run(), ["fsdp=4"]).mesh.to_dict() == {"data": -1, "fsdp": 4, "tensor": 1}
+
+
+def test_stacks_are_known_whole_and_by_tensor():
+    """Gathered over fsdp alone, a stack is as large as a part of the tensor axis."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+
+    def leaf(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    stack = {"kernel": leaf((5, 64, 32), None, "fsdp", "tensor"), "bias": leaf((5, 32))}
+    args = {"vit": {"stack": {"layers": stack}}, "head": {"kernel": leaf((64, 64), "fsdp")}}
+    assert compiling.stacks(args) == {(5, 64, 32), (5, 64, 16)}
 
 
 @pytest.mark.tpu

@@ -6,7 +6,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigatok_jax import sharding
-from gigatok_jax.planning import compiling
 from gigatok_jax.scaling import hlo
 from tests.scaling.programs import GPU, TPU
 
@@ -52,18 +51,6 @@ def test_a_stack_that_is_gathered_whole_is_found(mesh):
     assert [one.count for one in hlo.gathers(found, [(64, 1, 5, 64), (2, 2)])] == [1]
     assert not hlo.gathers(found, [(5, 64, 32)])
     assert hlo.largest(text)[0]["shape"] == "f32[5,64,64]" and hlo.largest(text)[0]["size"] == "0.1M"
-
-
-def test_stacks_are_known_whole_and_by_tensor():
-    """Gathered over fsdp alone, a stack is as large as a part of the tensor axis."""
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-
-    def leaf(shape, *spec):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-
-    stack = {"kernel": leaf((5, 64, 32), None, "fsdp", "tensor"), "bias": leaf((5, 32))}
-    args = {"vit": {"stack": {"layers": stack}}, "head": {"kernel": leaf((64, 64), "fsdp")}}
-    assert compiling.stacks(args) == {(5, 64, 32), (5, 64, 16)}
 
 
 def test_a_sum_over_devices_sends_its_payload_twice(mesh):
