@@ -29,6 +29,7 @@ from gigatok_jax.scaling import chips
 from gigatok_jax.sharding import MESH_AXES
 
 FLAGS = flags.FLAGS
+OF_A_TOPOLOGY = ("mesh", "what", "per_device_batch", "out", "search", "largest_batch", "golden", "update_golden")
 
 
 def define_flags() -> None:
@@ -198,6 +199,11 @@ def main(argv: list[str]) -> None:
         sys.exit("error: one of --params (a table of the parameters, with --depth=N) and --topology=KIND:SHAPE")
     if FLAGS.search and FLAGS.mesh:
         sys.exit("error: --search tries meshes of its own; it takes no --mesh")
+    if FLAGS["tries"].present and not FLAGS.search:
+        sys.exit("error: --tries counts the meshes of --search: give both, or neither")
+    idle = [name for name in OF_A_TOPOLOGY if FLAGS[name].present] if FLAGS.params else []
+    if idle:
+        sys.exit(f"error: --params compiles nothing; it takes no --{idle[0]}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so ends the compiler's process
     jax.config.update("jax_platforms", "cpu")  # a plan must not take hold of an accelerator that a run is using
     try:

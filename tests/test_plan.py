@@ -93,6 +93,19 @@ def test_program_says_what_it_can_do():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--topology=v5e:2x2 --search --mesh=fsdp=2", "takes no --mesh"),
+        ("--topology=v5e:2x2 --tries=2", "--search"),
+        ("--params --out=somewhere", "takes no --out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said):
+    done = run_plan("--config=configs/quickstart.py", *options.split())
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="family"):
         parameters.tokenizer_shapes(tiny_run(tokenizer__family="other"))
