@@ -6,16 +6,12 @@ given.
 """
 
 from gigatok_jax.config.checks import check_fields, check_mesh, mesh_sizes, to_json, validate
-from gigatok_jax.config.defaults import (
-    GPT_SIZES,
-    STAGES,
+from gigatok_jax.config.defaults import STAGES, ar, base, pipeline
+from gigatok_jax.config.generators import GPT_SIZES, ar_generator
+from gigatok_jax.config.tokenizers import (
     VIT_SIZES,
-    ar,
-    ar_generator,
-    base,
     gigatok_tokenizer,
     llamagen_tokenizer,
-    pipeline,
     set_vit,
     small_gigatok_tokenizer,
 )

@@ -1,0 +1,111 @@
+"""The `tokenizer` section of every family; sizes are fields."""
+
+from ml_collections import ConfigDict
+
+VIT_SIZES = {  # width, layers, heads (GigaTok, arXiv 2504.08736, §3 and its code)
+    "tiny": (256, 4, 4),
+    "small": (512, 6, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "xl": (1280, 36, 20),
+    "xxl": (1536, 48, 24),
+    "xxxl": (2560, 48, 40),
+}
+
+
+def gigatok_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of GigaTok; sizes are those of S-S at 256 px."""
+    return ConfigDict(
+        dict(
+            family="gigatok",
+            layout="1d",  # "1d": latent queries; "2d": the feature map's own grid
+            layer_2d="vit",  # "vit", or "qformer" (self + cross to its own input, the published VQ_SS256_2d)
+            image_size=256,
+            num_latent_tokens=256,
+            features=256,  # channels between the convolutions and the ViTs
+            conv_base=128,
+            conv_multipliers=(1, 1, 2, 2, 4),
+            encoder_conv_blocks=2,
+            decoder_conv_blocks=3,
+            conv_attention=False,
+            norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²) as published
+            position_std=0.0,  # spread of the position tables at the start; 0: 1/sqrt(width) as published
+            adaptive_scale_init=0.0,  # bias of the adaptive group norms' scale; 1 trains faster from scratch
+            encoder_width=512,
+            encoder_depth=6,
+            encoder_heads=8,
+            decoder_width=512,
+            decoder_depth=6,
+            decoder_heads=8,
+            codebook_size=16384,
+            code_dim=8,
+            codebook_chunk=4096,  # entries whose distances are in memory at once
+            estimator="rotation",  # or "straight_through"
+            distill_layer=3,  # decoder layer whose output the semantic loss reads
+            teacher_dim=768,  # width of the semantic teacher (DINOv2-B); 0: no distillation head
+            attention="xla",  # or "cudnn" (NVIDIA), "splash" (TPUs; elsewhere as "xla")
+            remat="full",  # of the ViTs' layers; or "dots", "none"
+            remat_convs=True,  # residual blocks keep their input only
+            unroll=1,  # layers per scan iteration
+        )
+    )
+
+
+def llamagen_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of LlamaGen; sizes are those of VQ-16 at 256 px."""
+    return ConfigDict(
+        dict(
+            family="llamagen",
+            image_size=256,
+            num_latent_tokens=256,  # the grid's cells, in raster order
+            features=256,  # channels of the feature map
+            conv_base=128,
+            conv_multipliers=(1, 1, 2, 2, 4),
+            encoder_conv_blocks=2,
+            decoder_conv_blocks=3,
+            norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            codebook_size=16384,
+            code_dim=8,
+            codebook_chunk=4096,  # entries whose distances are in memory at once
+            estimator="straight_through",  # or "rotation"
+            teacher_dim=0,  # it has no distillation head
+            attention="xla",  # of the middle blocks: plain products
+            remat_convs=True,  # residual blocks keep their input only
+        )
+    )
+
+
+def small_gigatok_tokenizer(layout: str) -> ConfigDict:
+    """A GigaTok section that a laptop trains: 32 px, 64 latent tokens, narrow convolutions, no distillation head."""
+    section = gigatok_tokenizer()
+    section.update(
+        layout=layout,
+        image_size=32,
+        num_latent_tokens=64,
+        features=64,
+        conv_base=16,
+        conv_multipliers=(1, 1, 2),
+        encoder_conv_blocks=1,
+        decoder_conv_blocks=1,
+        norm_groups=4,
+        codebook_size=512,
+        teacher_dim=0,
+        # A narrow network needs louder kernels and positions than the published ones, which suit widths of 512.
+        kernel_gain=1.0,
+        position_std=1.5,
+        adaptive_scale_init=1.0,
+        remat="none",
+        remat_convs=False,
+        unroll=2,
+    )
+    for side in ("encoder", "decoder"):
+        section.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
+    return section
+
+
+def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
+    """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size."""
+    width, depth, heads = VIT_SIZES[size]
+    cfg.update({f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": heads})
