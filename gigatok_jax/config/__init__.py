@@ -9,16 +9,19 @@ from gigatok_jax.config.checks import check_fields, check_mesh, mesh_sizes, to_j
 from gigatok_jax.config.defaults import STAGES, ar, base, pipeline
 from gigatok_jax.config.generators import GPT_SIZES, ar_generator
 from gigatok_jax.config.tokenizers import (
+    TITOK_SIZES,
     VIT_SIZES,
     gigatok_tokenizer,
     llamagen_tokenizer,
     set_vit,
     small_gigatok_tokenizer,
+    titok_tokenizer,
 )
 
 __all__ = [
     "GPT_SIZES",
     "STAGES",
+    "TITOK_SIZES",
     "VIT_SIZES",
     "ar",
     "ar_generator",
@@ -31,6 +34,7 @@ __all__ = [
     "pipeline",
     "set_vit",
     "small_gigatok_tokenizer",
+    "titok_tokenizer",
     "to_json",
     "validate",
 ]

@@ -16,7 +16,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
     **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "semantic", "codebook", "commitment",
-                     "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
+                     "entropy", "kl", "proxy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
     **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
                      for size in ("width", "depth", "heads")), (1, INF)),
@@ -24,7 +24,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("tokenizer.encoder_conv_blocks", "tokenizer.decoder_conv_blocks", "discriminator.num_layers",
                      "discriminator.num_heads"), (1, 100)),
     **dict.fromkeys((f"tokenizer.{name}" for name in ("features", "conv_base", "conv_multipliers", "norm_groups",
-                     "codebook_size", "code_dim", "codebook_chunk", "unroll", "distill_layer")), (1, INF)),
+                     "code_dim", "codebook_chunk", "unroll", "distill_layer", "patch")), (1, INF)),
+    "tokenizer.codebook_size": (0, INF),  # 0: a bottleneck without ids
+    **dict.fromkeys((f"tokenizer.proxy_{name}" for name in ("codebook_size", "code_dim", "conv_base",
+                     "conv_multipliers", "conv_blocks")), (1, INF)),
     # Tables are made of these.
     "tokenizer.image_size": (1, 4096),
     **dict.fromkeys(("tokenizer.num_latent_tokens", "generator.num_latent_tokens"), (1, 65_536)),
@@ -61,6 +64,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "discriminator.remat": ("none", "full", "dots"),
     "tokenizer.estimator": ("rotation", "straight_through"),
     "tokenizer.layout": ("1d", "2d"),
+    "tokenizer.bottleneck": ("vq", "kl"),
+    "tokenizer.head": ("pixels", "proxy", "proxy_pixels"),
     "tokenizer.layer_2d": ("vit", "qformer"),
     "tokenizer.remat": ("none", "full", "dots"),
     "generator.attention": ("xla", "cudnn", "splash"),

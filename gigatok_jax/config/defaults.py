@@ -56,6 +56,8 @@ def base() -> ConfigDict:
                 codebook_weight=1.0,
                 commitment_weight=0.25,
                 entropy_weight=0.0,
+                kl_weight=1e-6,  # of a KL bottleneck
+                proxy_weight=1.0,  # cross-entropy of a proxy tokenizer's ids, where the decoder gives their logits
                 feature_weight=1.0,  # auxiliary: decoder map against the encoder's, while the path is on
                 direct=True,  # auxiliary: image losses on conv decoder(conv encoder), while the path is on
                 auxiliary_end=15_000,  # the auxiliary path runs in steps 1 … auxiliary_end − 1
@@ -67,6 +69,7 @@ def base() -> ConfigDict:
                 lecam_weight=0.0,
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
             ),
+            first_stage=dict(bundle=""),  # of the proxy tokenizer, where the decoder gives logits of its ids
             frozen=dict(
                 folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax
                 dtype="bfloat16",  # of their parameters and arithmetic
@@ -115,7 +118,7 @@ def ar(size: str = "b") -> ConfigDict:
       ValueError: for a size that is not in `GPT_SIZES`.
     """
     cfg = base()
-    for section in ("tokenizer", "discriminator", "loss", "frozen"):
+    for section in ("tokenizer", "discriminator", "loss", "frozen", "first_stage"):
         del cfg[section]
     cfg.update(objective="ar", num_steps=1_500_000, global_batch=256, schedule="wsd")
     cfg.generator = ar_generator(size)

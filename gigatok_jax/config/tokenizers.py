@@ -12,6 +12,12 @@ VIT_SIZES = {  # width, layers, heads (GigaTok, arXiv 2504.08736, §3 and its co
     "xxxl": (2560, 48, 40),
 }
 
+TITOK_SIZES = {  # width, layers, heads (TiTok's code; arXiv 2406.07550, §4.1)
+    "small": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
 
 def gigatok_tokenizer() -> ConfigDict:
     """The `tokenizer` section of GigaTok; sizes are those of S-S at 256 px."""
@@ -105,7 +111,44 @@ def small_gigatok_tokenizer(layout: str) -> ConfigDict:
     return section
 
 
+def titok_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of TiTok; sizes are those of L-32 as released, with its pixel decoder."""
+    return ConfigDict(
+        dict(
+            family="titok",
+            image_size=256,
+            patch=16,
+            num_latent_tokens=32,
+            encoder_width=1024,
+            encoder_depth=24,
+            encoder_heads=16,
+            decoder_width=1024,
+            decoder_depth=24,
+            decoder_heads=16,
+            legacy=True,  # the latent tokens' numbers are read as D × K before their projection (two-stage models)
+            bottleneck="vq",  # or "kl"
+            codebook_size=4096,
+            code_dim=12,
+            normalized=True,  # latents and codes are unit vectors
+            codebook_chunk=4096,  # entries whose distances are in memory at once
+            estimator="straight_through",  # or "rotation"
+            distill_layer=3,  # decoder layer whose output the semantic loss reads
+            teacher_dim=0,  # width of the semantic teacher; 0: no distillation head
+            head="proxy_pixels",  # or "proxy" (ids of the proxy tokenizer), "pixels"
+            proxy_codebook_size=1024,  # of MaskGIT-VQGAN, and so on
+            proxy_code_dim=256,
+            proxy_conv_base=128,
+            proxy_conv_multipliers=(1, 1, 2, 2, 4),
+            proxy_conv_blocks=2,
+            attention="xla",  # or "cudnn" (NVIDIA), "splash" (TPUs; elsewhere as "xla")
+            remat="full",  # of the ViTs' layers; or "dots", "none"
+            remat_convs=True,
+            unroll=1,  # layers per scan iteration
+        )
+    )
+
+
 def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
-    """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size."""
-    width, depth, heads = VIT_SIZES[size]
+    """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size of its family."""
+    width, depth, heads = (TITOK_SIZES if cfg.family == "titok" else VIT_SIZES)[size]
     cfg.update({f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": heads})

@@ -22,4 +22,4 @@ def build(
     """
     if cfg["objective"] == "ar":
         return LikelihoodEvaluator(cfg, objective, mesh, train, frozen)
-    return Evaluator(cfg, objective.reconstruct, mesh)
+    return Evaluator(cfg, objective.reconstruct, mesh, frozen)

@@ -12,10 +12,10 @@ from gigatok_jax.generators import ar as generators_ar
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
-from gigatok_jax.tokenizers import gigatok, llamagen
+from gigatok_jax.tokenizers import gigatok, llamagen, titok
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
-FAMILIES = {"gigatok": gigatok.build, "llamagen": llamagen.build}
+FAMILIES = {"gigatok": gigatok.build, "llamagen": llamagen.build, "titok": titok.build}
 
 
 def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
@@ -58,6 +58,7 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
         codebook_size=cfg["tokenizer"]["codebook_size"],
         teachers=_teachers(cfg, teachers or {}),
         accumulate=cfg["accumulate"],
+        proxy=_proxy(cfg, tokenizer),
     )
 
 
@@ -69,6 +70,31 @@ def has_first_stage(cfg: Mapping[str, Any]) -> bool:
 def _first_stage(cfg: Mapping[str, Any]) -> Tokenizer | None:
     """The frozen tokenizer of a config, in float32 whatever the config's dtype; its section is filled in by then."""
     return build_tokenizer(cfg["first_stage"], jnp.float32) if has_first_stage(cfg) else None
+
+
+def _proxy(cfg: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer | None:
+    """The frozen tokenizer whose ids a config's decoder gives logits of."""
+    if cfg["tokenizer"].get("head") != "proxy":
+        if has_first_stage(cfg):
+            raise ValueError(
+                "config.first_stage.bundle is of no use here: config.tokenizer.head=proxy would learn its ids"
+            )
+        return None
+    if not has_first_stage(cfg):
+        raise ValueError(
+            "config.tokenizer.head=proxy learns the ids of a proxy tokenizer: name its bundle with "
+            "--config.first_stage.bundle=FOLDER (configs/maskgit_vqgan.py says where it comes from)"
+        )
+    proxy, cells = _first_stage(cfg), (tokenizer.image_size // tokenizer.factor) ** 2
+    wanted = {"image_size": tokenizer.image_size, "num_latent_tokens": cells}
+    wanted["codebook_size"] = cfg["tokenizer"]["proxy_codebook_size"]
+    for field, value in wanted.items():
+        if cfg["first_stage"][field] != value:
+            raise ValueError(
+                f"the proxy tokenizer of config.first_stage.bundle={cfg['first_stage']['bundle']!r} has "
+                f"{field}={cfg['first_stage'][field]}, this tokenizer's decoder wants {value}"
+            )
+    return proxy
 
 
 def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str, Teacher]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
@@ -33,6 +34,8 @@ class Weights(NamedTuple):
     codebook_weight: float
     commitment_weight: float
     entropy_weight: float
+    kl_weight: float
+    proxy_weight: float
     feature_weight: float
     direct: bool
     auxiliary_end: int
@@ -50,7 +53,9 @@ class TokenizerObjective(NamedTuple):
 
     Loss terms are reported weighted, as they enter the total. Steps are counted from 0 here and from 1 in the
     thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual" and "semantic" to
-    functions whose parameters travel in `frozen` under the same names.
+    functions whose parameters travel in `frozen` under the same names. With a `proxy`, whose parameters travel there as
+    "first_stage", the tokenizer's decoder gives logits over the proxy's ids (stage 1 of TiTok): their cross-entropy
+    stands in the place of the losses of images.
     """
 
     tokenizer: Tokenizer
@@ -59,11 +64,13 @@ class TokenizerObjective(NamedTuple):
     codebook_size: int
     teachers: Mapping[str, Teacher]
     accumulate: int = 1
+    proxy: Tokenizer | None = None
 
     @property
     def shown(self) -> tuple[str, ...]:
         """What the progress line shows."""
-        return "loss/total", f"loss/{self.weights.pixel}", "codebook/usage"
+        codes = "codebook/usage" if self.codebook_size else "loss/kl"
+        return "loss/total", "loss/proxy" if self.proxy else f"loss/{self.weights.pixel}", codes
 
     def check(self, source: Any) -> None:
         """Raises ValueError for a source of ids; any source of images will do."""
@@ -76,7 +83,9 @@ class TokenizerObjective(NamedTuple):
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
         params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
-        state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
+        state: dict[str, Any] = {}
+        if self.codebook_size:
+            state["last_used"] = jnp.full((self.codebook_size,), NEVER, jnp.int32)
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)
             params["discriminator"] = variables["params"]
@@ -116,12 +125,20 @@ class TokenizerObjective(NamedTuple):
         return {**facts, "codebook_size": self.codebook_size}
 
     def usage_window(self, global_batch: int) -> int | None:
-        """Steps over which codebook usage is counted."""
+        """Steps over which codebook usage is counted; None where there is no codebook."""
+        if not self.codebook_size:
+            return None
         return -(-self.weights.usage_window // (global_batch * self.tokenizer.num_latent_tokens))
 
-    def reconstruct(self, params: Mapping[str, Any], image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images in [−1, 1] → (reconstructions, ids)."""
+    def reconstruct(
+        self, params: Mapping[str, Any], frozen: Mapping[str, Any], image_BHWC: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Images in [−1, 1] → (reconstructions, ids; None where latents are continuous)."""
         image, codes, _ = self.tokenizer.apply({"params": params["tokenizer"]}, image_BHWC)
+        if self.proxy:
+            variables, ids_BN = {"params": frozen["first_stage"]}, jnp.argmax(image, axis=-1)
+            found = self.proxy.apply(variables, ids_BN, method="lookup")
+            image, _ = self.proxy.apply(variables, found, method="decode")
         return image, codes.ids_BK
 
     def loss(self, phase: Phase) -> Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]:
@@ -130,13 +147,14 @@ class TokenizerObjective(NamedTuple):
         def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
             image = to_unit_range(batch["image"])
             variables = {"params": params["tokenizer"]}
-            recon, codes, out = self.tokenizer.apply(variables, image, train=True)
+            # A stream of its own: what else is drawn of `key` does not depend on the bottleneck.
+            recon, codes, out = self.tokenizer.apply(variables, image, key=jax.random.fold_in(key, 0), train=True)
             images = {"": recon}
             if phase.auxiliary and self.weights.direct:
                 images["direct_"] = self.tokenizer.apply(variables, out["cnn"], method="decode_features")
-            terms = self._image_terms(images, image, frozen)
+            terms = self._proxy_term(recon, image, frozen) if self.proxy else self._image_terms(images, image, frozen)
             terms |= self._code_terms(codes.losses, out, image, frozen, phase)
-            usage_state, metrics = self._usage(codes.ids_BK, state, step)
+            usage_state, metrics = self._usage(codes.ids_BK, state, step) if self.codebook_size else ({}, {})
             state = {**state, **usage_state}
             if phase.adversarial:
                 adversarial_terms, state, scores = self._adversarial(
@@ -158,11 +176,18 @@ class TokenizerObjective(NamedTuple):
                 terms[f"{prefix}perceptual"] = w.perceptual_weight * perceptual
         return terms
 
+    def _proxy_term(self, logits_BNV: jax.Array, image: jax.Array, frozen: Any) -> dict[str, jax.Array]:
+        """The cross-entropy of the proxy's ids of the image (TiTok, §3.3)."""
+        ids_BN = image_ids(self.proxy, frozen["first_stage"], image)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits_BNV, ids_BN).mean()
+        return {"proxy": self.weights.proxy_weight * loss}
+
     def _code_terms(
         self, losses: Mapping[str, jax.Array], out: Any, image: jax.Array, frozen: Any, phase: Phase
     ) -> dict[str, jax.Array]:
         w = self.weights
         weights = {"codebook": w.codebook_weight, "commitment": w.commitment_weight, "entropy": w.entropy_weight}
+        weights["kl"] = w.kl_weight
         terms = {name: weights[name] * value for name, value in losses.items() if weights[name]}
         if phase.auxiliary and w.feature_weight:
             terms["feature"] = w.feature_weight * semantic.feature_match(out["pre_decoder_cnn"], out["cnn"])
