@@ -69,6 +69,7 @@ def base() -> ConfigDict:
                 lecam_weight=0.0,
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
             ),
+            start=dict(bundle=""),  # of the weights that a run starts from; empty: drawn ones
             first_stage=dict(bundle=""),  # of the proxy tokenizer, where the decoder gives logits of its ids
             frozen=dict(
                 folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax

@@ -74,6 +74,7 @@ def llamagen_tokenizer() -> ConfigDict:
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
             codebook_size=16384,
             code_dim=8,
+            clustering=False,  # pull entries that are seldom used to the batch's latents (TA-TiTok)
             codebook_chunk=4096,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
             teacher_dim=0,  # it has no distillation head

@@ -82,8 +82,10 @@ class TokenizerObjective(NamedTuple):
         size = self.tokenizer.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
-        params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
-        state: dict[str, Any] = {}
+        variables = self.tokenizer.init(tokenizer_key, image)
+        params, state = {"tokenizer": variables["params"]}, {}
+        if kept := {name: value for name, value in variables.items() if name != "params"}:
+            state["tokenizer"] = kept
         if self.codebook_size:
             state["last_used"] = jnp.full((self.codebook_size,), NEVER, jnp.int32)
         if self.discriminator is not None:
@@ -146,9 +148,12 @@ class TokenizerObjective(NamedTuple):
 
         def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
             image = to_unit_range(batch["image"])
-            variables = {"params": params["tokenizer"]}
+            kept = state.get("tokenizer", {})
+            variables = {"params": params["tokenizer"], **kept}
             # A stream of its own: what else is drawn of `key` does not depend on the bottleneck.
-            recon, codes, out = self.tokenizer.apply(variables, image, key=jax.random.fold_in(key, 0), train=True)
+            options = {"key": jax.random.fold_in(key, 0), "train": True}
+            (recon, codes, out), kept = self.tokenizer.apply(variables, image, mutable=list(kept), **options)
+            state = {**state, "tokenizer": kept} if kept else state
             images = {"": recon}
             if phase.auxiliary and self.weights.direct:
                 images["direct_"] = self.tokenizer.apply(variables, out["cnn"], method="decode_features")
@@ -165,6 +170,16 @@ class TokenizerObjective(NamedTuple):
             return sum(terms.values()), (state, metrics)
 
         return objective
+
+    def edited(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(params, state) after the edits of the codebook that `state` holds; what the optimiser then moves."""
+        if "edits" not in (kept := state.get("tokenizer", {})):
+            return params, state
+        edits, parts = kept["edits"]["bottleneck"], params["tokenizer"]
+        codebook = edits["keep"][:, None] * parts["bottleneck"]["codebook"] + edits["add"]
+        none = {"keep": jnp.ones_like(edits["keep"]), "add": jnp.zeros_like(edits["add"])}
+        params = {**params, "tokenizer": {**parts, "bottleneck": {**parts["bottleneck"], "codebook": codebook}}}
+        return params, {**state, "tokenizer": {**kept, "edits": {"bottleneck": none}}}
 
     def _image_terms(self, images: dict[str, jax.Array], target: jax.Array, frozen: Any) -> dict[str, jax.Array]:
         w, terms = self.weights, {}

@@ -65,6 +65,7 @@ def _quantizer(cfg: Mapping[str, Any]) -> VectorQuantizer:
         estimator=cfg["estimator"],
         chunk_size=cfg["codebook_chunk"],
         normalized=cfg["normalized"],
+        clustering=cfg["clustering"],
     )
 
 
