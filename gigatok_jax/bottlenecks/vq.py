@@ -1,6 +1,6 @@
-"""Vector quantisation with l2-normalised codes (GigaTok, VQGAN-LC; entropy loss of MAGVIT-v2/MaskGIT).
+"""Vector quantisation, with l2-normalised codes (GigaTok, VQGAN-LC) or plain ones; entropy loss of MAGVIT-v2/MaskGIT.
 
-Distances are squared Euclidean on the unit sphere, in float32, and never leave this file: the nearest entry, the
+Distances are squared Euclidean, in float32, and never leave this file: the nearest entry, the
 entropy and the averages are computed chunk by chunk over the codebook axis, so memory is bounded by
 rows × `chunk_size` however large the codebook is.
 """
@@ -112,14 +112,20 @@ def rotate(z: jax.Array, q: jax.Array) -> jax.Array:
     return rotated * jax.lax.stop_gradient(norm_q / (norm_z + 1e-6))
 
 
+def uniform_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform within ±1/V (VQGAN, TiTok)."""
+    return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+
+
 def codebook_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Directions uniform on the cube, normalised."""
     return unit(jax.random.uniform(key, shape, dtype, -1.0, 1.0))
 
 
 class VectorQuantizer(nn.Module):
-    """Latents (B, K, Z) → the nearest of `codebook_size` unit vectors; always float32.
+    """Latents (B, K, Z) → the nearest of `codebook_size` entries; always float32.
 
+    `normalized`: latents and entries are unit vectors; they also start as such, else as `uniform_init`.
     In training `losses` holds `codebook` (mean (q − sg z)²), `commitment` (mean (sg q − z)², unweighted) and
     `entropy` (row entropy minus entropy of the mean, over the global batch); jit drops what nobody reads.
     """
@@ -129,17 +135,19 @@ class VectorQuantizer(nn.Module):
     estimator: str = "rotation"
     temperature: float = 0.01
     chunk_size: int = 4096
+    normalized: bool = True
 
     def setup(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is not one of {ESTIMATORS}")
-        self.codebook = self.param("codebook", codebook_init, (self.codebook_size, self.code_dim))
+        init = codebook_init if self.normalized else uniform_init
+        self.codebook = self.param("codebook", init, (self.codebook_size, self.code_dim))
 
     def __call__(self, pre_BKZ: jax.Array, *, key: jax.Array | None = None, train: bool = False) -> Codes:
         del key  # deterministic
         B, K, Z = pre_BKZ.shape
-        z_NZ = unit(pre_BKZ.astype(jnp.float32)).reshape(B * K, Z)
-        codebook_VZ = unit(self.codebook.astype(jnp.float32))
+        z_NZ = self._scaled(pre_BKZ).reshape(B * K, Z)
+        codebook_VZ = self._scaled(self.codebook)
         chunk = min(self.chunk_size, self.codebook_size)
         ids_N = nearest(jax.lax.stop_gradient(z_NZ), jax.lax.stop_gradient(codebook_VZ), chunk)
         q_NZ = codebook_VZ[ids_N]
@@ -163,5 +171,8 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, ids_BK: jax.Array) -> Codes:
         """The codes of stored ids (integers in [0, codebook_size))."""
-        latents = unit(self.codebook.astype(jnp.float32))[ids_BK]
+        latents = self._scaled(self.codebook)[ids_BK]
         return Codes(latents, ids_BK, jnp.ones(ids_BK.shape, bool), latents, None, {})
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return unit(x.astype(jnp.float32)) if self.normalized else x.astype(jnp.float32)

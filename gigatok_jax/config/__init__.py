@@ -12,6 +12,7 @@ from gigatok_jax.config.tokenizers import (
     VIT_SIZES,
     gigatok_tokenizer,
     llamagen_tokenizer,
+    maskgit_vqgan_tokenizer,
     set_vit,
     small_gigatok_tokenizer,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",
+    "maskgit_vqgan_tokenizer",
     "mesh_sizes",
     "pipeline",
     "set_vit",

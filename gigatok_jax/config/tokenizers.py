@@ -77,6 +77,29 @@ def llamagen_tokenizer() -> ConfigDict:
     )
 
 
+def maskgit_vqgan_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of MaskGIT-VQGAN; sizes are those of the published f16 at 256 px."""
+    return ConfigDict(
+        dict(
+            family="maskgit_vqgan",
+            image_size=256,
+            num_latent_tokens=256,  # the grid's cells, in raster order
+            conv_base=128,
+            conv_multipliers=(1, 1, 2, 2, 4),
+            encoder_conv_blocks=2,
+            decoder_conv_blocks=2,
+            norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            codebook_size=1024,  # plain entries, not normalised
+            code_dim=256,  # channels of the feature map too
+            codebook_chunk=1024,  # entries whose distances are in memory at once
+            estimator="straight_through",  # or "rotation"
+            teacher_dim=0,  # it has no distillation head
+            remat_convs=True,  # residual blocks keep their input only
+        )
+    )
+
+
 def small_gigatok_tokenizer(layout: str) -> ConfigDict:
     """A GigaTok section that a laptop trains: 32 px, 64 latent tokens, narrow convolutions, no distillation head."""
     section = gigatok_tokenizer()

@@ -16,7 +16,11 @@ from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
-    "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
+    "tokenizer": {
+        "gigatok": config.gigatok_tokenizer,
+        "llamagen": config.llamagen_tokenizer,
+        "maskgit_vqgan": config.maskgit_vqgan_tokenizer,
+    },
     "generator": {"ar": config.ar_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),

@@ -12,10 +12,10 @@ from gigatok_jax.generators import ar as generators_ar
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
-from gigatok_jax.tokenizers import gigatok, llamagen
+from gigatok_jax.tokenizers import gigatok, llamagen, maskgit_vqgan
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
-FAMILIES = {"gigatok": gigatok.build, "llamagen": llamagen.build}
+FAMILIES = {"gigatok": gigatok.build, "llamagen": llamagen.build, "maskgit_vqgan": maskgit_vqgan.build}
 
 
 def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
