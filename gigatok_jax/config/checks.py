@@ -27,7 +27,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
                      "code_dim", "codebook_chunk", "unroll", "distill_layer", "patch")), (1, INF)),
     "tokenizer.codebook_size": (0, INF),  # 0: a bottleneck without ids
     **dict.fromkeys((f"tokenizer.proxy_{name}" for name in ("codebook_size", "code_dim", "conv_base",
-                     "conv_multipliers", "conv_blocks")), (1, INF)),
+                     "conv_multipliers", "decoder_conv_blocks", "norm_groups")), (1, INF)),
     # Tables are made of these.
     "tokenizer.image_size": (1, 4096),
     **dict.fromkeys(("tokenizer.num_latent_tokens", "generator.num_latent_tokens"), (1, 65_536)),

@@ -74,11 +74,33 @@ def llamagen_tokenizer() -> ConfigDict:
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
             codebook_size=16384,
             code_dim=8,
-            clustering=False,  # pull entries that are seldom used to the batch's latents (TA-TiTok)
             codebook_chunk=4096,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
             teacher_dim=0,  # it has no distillation head
             attention="xla",  # of the middle blocks: plain products
+            remat_convs=True,  # residual blocks keep their input only
+        )
+    )
+
+
+def maskgit_vqgan_tokenizer() -> ConfigDict:
+    """The `tokenizer` section of MaskGIT-VQGAN; sizes are those of the published f16 at 256 px."""
+    return ConfigDict(
+        dict(
+            family="maskgit_vqgan",
+            image_size=256,
+            num_latent_tokens=256,  # the grid's cells, in raster order
+            conv_base=128,
+            conv_multipliers=(1, 1, 2, 2, 4),
+            encoder_conv_blocks=2,
+            decoder_conv_blocks=2,
+            norm_groups=32,
+            kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            codebook_size=1024,  # plain entries, not normalised
+            code_dim=256,  # channels of the feature map too
+            codebook_chunk=1024,  # entries whose distances are in memory at once
+            estimator="straight_through",  # or "rotation"
+            teacher_dim=0,  # it has no distillation head
             remat_convs=True,  # residual blocks keep their input only
         )
     )
@@ -131,6 +153,7 @@ def titok_tokenizer() -> ConfigDict:
             codebook_size=4096,
             code_dim=12,
             normalized=True,  # latents and codes are unit vectors
+            clustering=False,  # pull entries that are seldom used to the batch's latents (TA-TiTok)
             codebook_chunk=4096,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
             distill_layer=3,  # decoder layer whose output the semantic loss reads
@@ -140,7 +163,8 @@ def titok_tokenizer() -> ConfigDict:
             proxy_code_dim=256,
             proxy_conv_base=128,
             proxy_conv_multipliers=(1, 1, 2, 2, 4),
-            proxy_conv_blocks=2,
+            proxy_decoder_conv_blocks=2,
+            proxy_norm_groups=32,
             attention="xla",  # or "cudnn" (NVIDIA), "splash" (TPUs; elsewhere as "xla")
             remat="full",  # of the ViTs' layers; or "dots", "none"
             remat_convs=True,

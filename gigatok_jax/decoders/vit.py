@@ -93,17 +93,17 @@ class ProxyHead(nn.Module):
 class ProxyPixelHead(nn.Module):
     """Features (B, h, w, D) → image: the proxy's logits mix its codebook, which its decoder turns into pixels.
 
-    `quantizer` and `pixels` are the proxy tokenizer's own, trained here (stage 2 of TiTok). Tap in `out`:
-    `proxy_logits` (B, h·w, V).
+    `quantizer` and `cnn` are the proxy tokenizer's own, trained here (stage 2 of TiTok). Taps in `out`: `proxy_logits`
+    (B, h·w, V), `pre_decoder_cnn` (B, h, w, Z).
     """
 
     proxy: ProxyHead
     quantizer: nn.Module
-    pixels: nn.Module
+    cnn: nn.Module
 
     @nn.compact
     def __call__(self, x_BHWD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BNV, _ = self.proxy(x_BHWD)
         mixed_BNZ = self.quantizer.soft_lookup(jax.nn.softmax(logits_BNV))
-        image, out = self.pixels(mixed_BNZ)
-        return image, {"proxy_logits": logits_BNV, **out}
+        map_BHWZ = mixed_BNZ.reshape(*x_BHWD.shape[:3], -1)
+        return self.cnn(map_BHWZ), {"proxy_logits": logits_BNV, "pre_decoder_cnn": map_BHWZ}

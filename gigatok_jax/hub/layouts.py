@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gigatok_jax import config
-from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, patchgan
+from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan
 
 
 class Keys(NamedTuple):
@@ -127,5 +127,17 @@ LAYOUTS: dict[str, ModelLayout] = {
         parts=_GPT_PARTS,
         sizes=_GPT,
         known=tuple(config.GPT_SIZES.values()),
+    ),
+    "maskgit-vqgan": ModelLayout(
+        kind="tokenizer",
+        what="MaskGIT-VQGAN as TiTok reads it, for any image size",
+        source="https://huggingface.co/fun-research/TiTok (maskgit-vqgan-imagenet-f16-256.bin)",
+        licence="Apache-2.0",
+        tested="recorded outputs of the published code at narrow sizes; its key list at the published size",
+        keys=Keys(maskgit_vqgan.section_of, maskgit_vqgan.entries),
+        requires={"family": "maskgit_vqgan"},
+        parts=("model", "state_dict"),
+        sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
+        known=((128, [1, 1, 2, 2, 4], 1024, 256),),
     ),
 }

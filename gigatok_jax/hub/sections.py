@@ -20,6 +20,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
         "gigatok": config.gigatok_tokenizer,
         "llamagen": config.llamagen_tokenizer,
         "titok": config.titok_tokenizer,
+        "maskgit_vqgan": config.maskgit_vqgan_tokenizer,
     },
     "generator": {"ar": config.ar_generator},
     "discriminator": {

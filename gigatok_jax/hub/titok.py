@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
+from gigatok_jax.hub import maskgit_vqgan
 from gigatok_jax.hub.conv_keys import conv, dense, norm
 from gigatok_jax.hub.keymap import Entry
+from gigatok_jax.tokenizers.titok import proxy_section
 
 HEAD = 64  # channels of an attention head at every published size
 
@@ -49,6 +51,10 @@ def _head(cfg: Mapping[str, Any]) -> Iterator[Entry]:
     path += "/proxy" if cfg["head"] == "proxy_pixels" else ""
     yield from dense("decoder.ffn.0", f"{path}/hidden", 2 * width, width, kind="conv1x1")
     yield from dense("decoder.ffn.2", f"{path}/logits", cfg["proxy_codebook_size"], 2 * width, kind="conv1x1")
+    if cfg["head"] == "proxy_pixels":
+        proxy = proxy_section(cfg)
+        yield maskgit_vqgan.codebook_entry("pixel_quantize", "decoder/head/quantizer/codebook", proxy)
+        yield from maskgit_vqgan.decoder_entries("pixel_decoder", "decoder/head/cnn", proxy)
 
 
 def entries(cfg: Mapping[str, Any]) -> list[Entry]:
@@ -100,4 +106,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
     if proxy:
         section["proxy_codebook_size"] = shapes["decoder.ffn.2.weight"][0]
+    if section["head"] == "proxy_pixels":
+        sizes = maskgit_vqgan.decoder_sizes("pixel_decoder", "pixel_quantize", shapes)
+        section |= {f"proxy_{field}": value for field, value in sizes.items()}
     return section

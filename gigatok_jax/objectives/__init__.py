@@ -12,10 +12,15 @@ from gigatok_jax.generators import ar as generators_ar
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
-from gigatok_jax.tokenizers import gigatok, llamagen, titok
+from gigatok_jax.tokenizers import gigatok, llamagen, maskgit_vqgan, titok
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
-FAMILIES = {"gigatok": gigatok.build, "llamagen": llamagen.build, "titok": titok.build}
+FAMILIES = {
+    "gigatok": gigatok.build,
+    "llamagen": llamagen.build,
+    "maskgit_vqgan": maskgit_vqgan.build,
+    "titok": titok.build,
+}
 
 
 def networks(cfg: Mapping[str, Any]) -> dict[str, str]:

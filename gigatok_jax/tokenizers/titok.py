@@ -11,6 +11,7 @@ from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.vit import PixelHead, ProxyHead, ProxyPixelHead, ViTMaskDecoder
 from gigatok_jax.encoders.vit_latents import ViTLatentEncoder
 from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.tokenizers import maskgit_vqgan
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -76,4 +77,16 @@ def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Modul
     proxy = ProxyHead(cfg["proxy_codebook_size"], dtype)
     if cfg["head"] == "proxy":
         return proxy
-    raise NotImplementedError
+    section = proxy_section(cfg)
+    if (factor := 2 ** (len(section["conv_multipliers"]) - 1)) != cfg["patch"]:
+        raise ValueError(
+            f"tokenizer.patch={cfg['patch']}, but the proxy's decoder makes {factor} pixels a side of a cell"
+        )
+    quantizer = VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=False)
+    return ProxyPixelHead(proxy, quantizer, maskgit_vqgan.pixel_decoder(section, dtype=dtype))
+
+
+def proxy_section(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What `maskgit_vqgan.pixel_decoder` and its key list read of a section."""
+    fields = {name.removeprefix("proxy_"): value for name, value in cfg.items() if name.startswith("proxy_")}
+    return {**fields, "remat_convs": cfg["remat_convs"], "kernel_gain": 0.0}

@@ -11,7 +11,8 @@ from gigatok_jax.hub.layouts import LAYOUTS
 from tests.tiny import config_module
 
 # Tensors, parameters, and the SHA-256 of the sorted lines "key (shape)" of the published code's state dicts, without
-# the buffers that are dropped: GigaTok's at 182920c built on PyTorch's meta device, LlamaGen's at ce98ec4.
+# the buffers that are dropped: GigaTok's at 182920c built on PyTorch's meta device, LlamaGen's at ce98ec4. TiTok's at
+# 942a96f is known by patterns, shapes and counts (`test_maskgit_vqgan_golden.py` compares those); the sum is of ours.
 GIGATOK = {
     "s-s": (537, 136_073_227, "3c259c2c1562652e560067a426c1eae7009bb70b28f8333671987a90fd9518c1"),
     "s-s headless": (531, 129_252_619, "dba3140e19188afb6a2a7773ed68fc6787d810f124dae53e752262fc12bc1b55"),
@@ -61,6 +62,7 @@ LLAMAGEN = {
     "3b": (172, 3_096_659_200, "9671d5ac9f506bb03ac553c055bcfe49bddbfc66ca3382be42e4db5cdba67696"),
     "7b": (228, 6_614_589_440, "074007d4cc712c055ead2321f53717f68095dd55657c8cc71157960f8b3fcebf"),
 }
+MASKGIT_VQGAN = (168, 54_515_587, "239280e7734538e2e39425f4c7651760a31b9e8f030b9d35e0c54fda52d8107b")
 
 
 def check(layout, section, published):
@@ -110,3 +112,7 @@ def test_models_of_llamagen(size):
         check("llamagen", plain(config_module("llamagen").get_config(size).tokenizer), LLAMAGEN[size])
     else:
         check("llamagen-gpt", plain(config.ar_generator(size)) | {"positions": "rope_2d"}, LLAMAGEN[size])
+
+
+def test_the_tokenizer_that_titok_reads():
+    check("maskgit-vqgan", plain(config.maskgit_vqgan_tokenizer()), MASKGIT_VQGAN)
