@@ -112,8 +112,9 @@ def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
                 raise ValueError(
                     f"{where}{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
                 )
-    if "tokenizer" in cfg and not cfg["tokenizer"]["conv_multipliers"]:
-        raise ValueError(f"{where}tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
+    for field, value in cfg["tokenizer"].items() if "tokenizer" in cfg else ():
+        if field.endswith("conv_multipliers") and not value:
+            raise ValueError(f"{where}tokenizer.{field} is empty; one number per convolution level is wanted")
     for field, allowed in CHOICES.items():
         for value in _values(cfg, field):
             if value not in allowed:

@@ -1,12 +1,12 @@
 """The forms in which projects publish tokenizers, generators and discriminators."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gigatok_jax import config
-from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan
+from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan, titok
 
 
 class Keys(NamedTuple):
@@ -55,6 +55,18 @@ _PAIRS = (
 )
 _GPT, _GPT_PARTS = ("width", "depth", "heads"), ("model", "module", "state_dict")
 _used = lambda section: gigatok.BUFFERS  # noqa: E731
+
+
+def _titok_sizes() -> Iterator[tuple[Any, ...]]:
+    """What `ModelLayout.sizes` are of every published TiTok."""
+    two_stages = [("large", "large", 32), ("base", "base", 64), ("small", "small", 128)]
+    single = [("base", "large", 64), ("base", "large", 128), ("small", "large", 256)]
+    kl = [("large", "large", 32), ("base", "large", 64), ("base", "large", 128)]
+    for models, bottleneck in ((two_stages, ("vq", 4096, 12)), (single, ("vq", 8192, 64)), (kl, ("kl", 0, 16))):
+        for encoder, decoder, tokens in models:
+            yield config.TITOK_SIZES[encoder][0], config.TITOK_SIZES[decoder][0], tokens, *bottleneck
+
+
 LAYOUTS: dict[str, ModelLayout] = {
     "gigatok": ModelLayout(
         kind="tokenizer",
@@ -139,5 +151,17 @@ LAYOUTS: dict[str, ModelLayout] = {
         parts=("model", "state_dict"),
         sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
         known=((128, [1, 1, 2, 2, 4], 1024, 256),),
+    ),
+    "titok": ModelLayout(
+        kind="tokenizer",
+        what="TiTok tokenizers, two-stage and single-stage, VQ and KL",
+        source="https://huggingface.co/yucornetto (tokenizer_titok_*_imagenet)",
+        licence="Apache-2.0",
+        tested="recorded outputs of the published code at narrow sizes; its key lists at every published size",
+        keys=Keys(titok.section_of, titok.entries),
+        requires={"family": "titok"},
+        parts=("model", "state_dict"),
+        sizes=("encoder_width", "decoder_width", "num_latent_tokens", "bottleneck", "codebook_size", "code_dim"),
+        known=tuple(_titok_sizes()),
     ),
 }
