@@ -16,6 +16,7 @@ from gigatok_jax.config.tokenizers import (
     maskgit_vqgan_tokenizer,
     set_vit,
     small_gigatok_tokenizer,
+    small_titok_tokenizer,
     titok_tokenizer,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "pipeline",
     "set_vit",
     "small_gigatok_tokenizer",
+    "small_titok_tokenizer",
     "titok_tokenizer",
     "to_json",
     "validate",

@@ -173,6 +173,21 @@ def titok_tokenizer() -> ConfigDict:
     )
 
 
+def small_titok_tokenizer() -> ConfigDict:
+    """A single-stage TiTok section that a laptop trains: 32 px in patches of 4, 16 latent tokens of 256 codes.
+
+    Its proxy fields are those of `configs/maskgit_vqgan.py:cpu-tiny`.
+    """
+    section = titok_tokenizer()
+    section.update(image_size=32, patch=4, num_latent_tokens=16, legacy=False, head="pixels", remat="none", unroll=2)
+    section.update(codebook_size=256, code_dim=8, remat_convs=False)
+    section.update(proxy_codebook_size=256, proxy_code_dim=32, proxy_conv_base=16, proxy_conv_multipliers=(1, 1, 2))
+    section.update(proxy_decoder_conv_blocks=1, proxy_norm_groups=4)
+    for side in ("encoder", "decoder"):
+        section.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
+    return section
+
+
 def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
     """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size of its family."""
     width, depth, heads = (TITOK_SIZES if cfg.family == "titok" else VIT_SIZES)[size]
