@@ -7,9 +7,9 @@
 
     python -m gigatok_jax.train --config=configs/maskgit_vqgan.py:cpu-tiny --workdir=runs/proxy
 
-The last is a small one on the quickstart's photographs, for a laptop. The weights are `fun-research/TiTok`'s on Hugging
-Face (Apache-2.0). The published quantiser's loss has its 0.25 on the codebook's term, not on the commitment; the rest of
-the training is the house's, since none is published with them.
+The last is a small one on the quickstart's photographs, for a laptop. The weights are those of `fun-research/TiTok`
+on Hugging Face (Apache-2.0). The published quantiser's loss has its 0.25 on the codebook's term, not on the
+commitment; the rest of the training is the house's, since none is published with them.
 
 Hardware: not yet measured here. Expected result: not yet measured here.
 """

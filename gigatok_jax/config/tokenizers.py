@@ -44,6 +44,7 @@ def gigatok_tokenizer() -> ConfigDict:
             decoder_width=512,
             decoder_depth=6,
             decoder_heads=8,
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=16384,
             code_dim=8,
             codebook_chunk=4096,  # entries whose distances are in memory at once

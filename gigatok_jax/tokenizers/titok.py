@@ -6,12 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gigatok_jax.bottlenecks.kl import KLBottleneck
 from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.vit import PixelHead, ProxyHead, ProxyPixelHead, ViTMaskDecoder
 from gigatok_jax.encoders.vit_latents import ViTLatentEncoder
 from gigatok_jax.nn.transformer import Stack
-from gigatok_jax.tokenizers import maskgit_vqgan
+from gigatok_jax.tokenizers import bottleneck, maskgit_vqgan
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -22,7 +21,6 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
       ValueError: for an image size, width or choice that cannot work.
     """
     grid = _grid(cfg)
-    kl = cfg["bottleneck"] == "kl"
 
     def part(side: str) -> dict[str, Any]:
         width, depth, heads = (cfg[f"{side}_{field}"] for field in ("width", "depth", "heads"))
@@ -35,11 +33,11 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     return Tokenizer(
         encoder=ViTLatentEncoder(
             patch=cfg["patch"],
-            features=(1 + kl) * cfg["code_dim"],
+            features=bottleneck.width(cfg),
             reinterpreted=cfg["legacy"],
             **part("encoder"),
         ),
-        bottleneck=KLBottleneck(cfg["code_dim"]) if kl else _quantizer(cfg),
+        bottleneck=bottleneck.build(cfg, normalized=cfg["normalized"], clustering=cfg["clustering"]),
         decoder=ViTMaskDecoder(
             head=_head(cfg, grid, dtype),
             distill_layer=cfg["distill_layer"],
@@ -57,17 +55,6 @@ def _grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
     if cfg["image_size"] % cfg["patch"]:
         raise ValueError(f"image_size={cfg['image_size']} is no multiple of tokenizer.patch={cfg['patch']}")
     return (cfg["image_size"] // cfg["patch"],) * 2
-
-
-def _quantizer(cfg: Mapping[str, Any]) -> VectorQuantizer:
-    return VectorQuantizer(
-        codebook_size=cfg["codebook_size"],
-        code_dim=cfg["code_dim"],
-        estimator=cfg["estimator"],
-        chunk_size=cfg["codebook_chunk"],
-        normalized=cfg["normalized"],
-        clustering=cfg["clustering"],
-    )
 
 
 def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Module:
