@@ -30,7 +30,7 @@ def tiny(**changes):
 def test_images_become_ids_of_a_grid_and_gradients_reach_every_leaf():
     tokenizer = objectives.build_tokenizer(tiny(), jnp.float32)
     image = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    params = tokenizer.init(jax.random.key(1), image)["params"]
+    params = jax.jit(tokenizer.init)(jax.random.key(1), image)["params"]
     params["bottleneck"]["codebook"] = jax.random.normal(jax.random.key(2), (32, 6))
 
     @jax.jit
@@ -55,7 +55,7 @@ def test_images_become_ids_of_a_grid_and_gradients_reach_every_leaf():
 def test_ids_are_those_of_the_nearest_entry_by_length_too():
     tokenizer = objectives.build_tokenizer(tiny(codebook_size=4, codebook_chunk=3), jnp.float32)
     image = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    params = tokenizer.init(jax.random.key(1), image)["params"]
+    params = jax.jit(tokenizer.init)(jax.random.key(1), image)["params"]
     direction = np.ones(6, np.float32) / 6**0.5
     params["bottleneck"]["codebook"] = jnp.asarray([[2.0], [1.0], [0.0], [-1.0]]) * direction
     codes = jax.jit(lambda image: tokenizer.apply({"params": params}, image, method="encode")[0])(image)
