@@ -8,6 +8,7 @@ import pytest
 from gigatok_jax import config, objectives
 from gigatok_jax.nn.maskgit_conv import MaskGITBlock
 from gigatok_jax.planning.parameters import count, tokenizer_shapes
+from tests.compare import assert_close_tree
 from tests.tiny import config_module
 
 
@@ -26,11 +27,10 @@ def tiny(**changes):
     return section
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_images_become_ids_of_a_grid_and_gradients_reach_every_leaf(remat):
-    tokenizer = objectives.build_tokenizer(tiny(remat_convs=remat), jnp.float32)
+def test_images_become_ids_of_a_grid_and_gradients_reach_every_leaf():
+    tokenizer = objectives.build_tokenizer(tiny(), jnp.float32)
     image = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    params = tokenizer.init(jax.random.key(1), image)["params"]
+    params = jax.jit(tokenizer.init)(jax.random.key(1), image)["params"]
     params["bottleneck"]["codebook"] = jax.random.normal(jax.random.key(2), (32, 6))
 
     @jax.jit
@@ -55,13 +55,33 @@ def test_images_become_ids_of_a_grid_and_gradients_reach_every_leaf(remat):
 def test_ids_are_those_of_the_nearest_entry_by_length_too():
     tokenizer = objectives.build_tokenizer(tiny(codebook_size=4, codebook_chunk=3), jnp.float32)
     image = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    params = tokenizer.init(jax.random.key(1), image)["params"]
+    params = jax.jit(tokenizer.init)(jax.random.key(1), image)["params"]
     direction = np.ones(6, np.float32) / 6**0.5
     params["bottleneck"]["codebook"] = jnp.asarray([[2.0], [1.0], [0.0], [-1.0]]) * direction
     codes = jax.jit(lambda image: tokenizer.apply({"params": params}, image, method="encode")[0])(image)
     along = np.asarray(codes.pre_BKZ) @ direction
     np.testing.assert_array_equal(codes.ids_BK, np.abs(along[..., None] - np.asarray([2, 1, 0, -1])).argmin(-1))
     assert len(np.unique(codes.ids_BK)) > 2
+
+
+def test_the_config_weighs_the_quantiser_s_terms_as_published():
+    """0.25 is on the codebook's term: their values are the same, their gradients tell them apart."""
+    weights = config_module("maskgit_vqgan").get_config().loss
+    bottleneck = objectives.build_tokenizer(tiny(), jnp.float32).bottleneck
+    pre_BKZ = jax.random.normal(jax.random.key(0), (2, 16, 6))
+    codebook_VZ = jax.random.normal(jax.random.key(1), (32, 6))
+
+    def ours(pre_BKZ, codebook_VZ):
+        codes = bottleneck.apply({"params": {"codebook": codebook_VZ}}, pre_BKZ, train=True)
+        return sum(weights[f"{name}_weight"] * codes.losses[name] for name in ("codebook", "commitment"))
+
+    def published(pre_BKZ, codebook_VZ):
+        distances = jnp.sum((pre_BKZ[:, :, None] - codebook_VZ) ** 2, -1)
+        q_BKZ, stop = codebook_VZ[distances.argmin(-1)], jax.lax.stop_gradient
+        return jnp.mean((stop(q_BKZ) - pre_BKZ) ** 2) + 0.25 * jnp.mean((q_BKZ - stop(pre_BKZ)) ** 2)
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(pre_BKZ, codebook_VZ) for f in (ours, published))
+    assert_close_tree(got, want, 1e-5)
 
 
 def test_a_shortcut_reads_the_branch_and_not_the_input():

@@ -47,7 +47,7 @@ def test_activations_ids_and_loss(loaded):
     got = {"enc_hidden": out["cnn"], "z_q": latents, "decoded_raw": 0.5 * decoded + 0.5}
     assert_close_tree(got, {name: nhwc(want[name]) for name in got}, TOLERANCE)
     assert_close_tree(np.clip(got["decoded_raw"], 0, 1), nhwc(want["decoded"]), TOLERANCE)
-    # The weights of the quantiser's terms are the config's: 0.25 on the codebook's.
+    # Which term has the 0.25 only gradients tell: `test_maskgit_vqgan.py`.
     weights = config_module("maskgit_vqgan").get_config().loss
     loss = sum(weights[f"{name}_weight"] * codes.losses[name] for name in ("codebook", "commitment"))
     np.testing.assert_allclose(loss, want["vq_loss"], rtol=1e-5)
