@@ -41,9 +41,10 @@ def base() -> ConfigDict:
             max_skipped=20,  # non-finite updates in a row before the run stops
             tokenizer=gigatok_tokenizer(),
             discriminator=dict(
-                name="patchgan",  # or "dino" (heads over a frozen DINO v1), "none"
-                base_channels=64,  # of patchgan
-                num_layers=3,  # of patchgan
+                name="patchgan",  # or "blur" (TiTok's), "dino" (heads over a frozen DINO v1), "none"
+                base_channels=64,  # of patchgan; TiTok's blur has 128
+                num_layers=3,  # of patchgan and blur
+                pooling="blur",  # of blur's halvings; or "average"
                 remat="full",  # of dino's frozen layers; or "dots", "none"
             ),
             loss=dict(

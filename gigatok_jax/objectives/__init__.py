@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from gigatok_jax import teachers as frozen_networks
+from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar as generators_ar
@@ -99,7 +101,7 @@ def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
     return FAMILIES[section["family"]](section, dtype=dtype)
 
 
-def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | DinoDiscriminator | None:
+def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> nn.Module | None:
     """The discriminator of a config; None where it has none, or none that starts within the run."""
     section = cfg["discriminator"]
     if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
@@ -108,4 +110,6 @@ def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | DinoDi
         sizes = frozen_networks.VITS["dino-s16"]
         taps = tuple(range(0, sizes.depth + 1, sizes.depth // 4))
         return DinoDiscriminator(sizes.width, sizes.depth, sizes.num_heads, taps, section["remat"], dtype)
+    if section["name"] == "blur":
+        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
     return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
