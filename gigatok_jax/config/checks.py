@@ -53,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.lpips": ("", "vgg16", "alexnet"),
     "loss.adversarial": ("hinge", "non_saturating"),
     "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
+    "loss.lecam": ("per_logit", "of_means"),
     "data.crop": ("adm", "scale", "center"),
     "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
     "sharding.offload": ("none", "moments"),

@@ -65,6 +65,7 @@ def base() -> ConfigDict:
                 discriminator="hinge",  # or "vanilla", "non_saturating"
                 discriminator_weight=0.5,
                 discriminator_start=20_000,  # first step (counted from 1) with the discriminator
+                lecam="per_logit",  # or "of_means" (TiTok's)
                 lecam_weight=0.0,
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
             ),

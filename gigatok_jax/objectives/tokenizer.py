@@ -41,6 +41,7 @@ class Weights(NamedTuple):
     discriminator: str
     discriminator_weight: float
     discriminator_start: int
+    lecam: str
     lecam_weight: float
     usage_window: int
 
@@ -83,7 +84,7 @@ class TokenizerObjective(NamedTuple):
             # Whatever else it keeps, by collection: running statistics, spectral-norm vectors.
             state["discriminator"] = {name: value for name, value in variables.items() if name != "params"}
             if self.weights.lecam_weight:
-                state["lecam"] = lecam.lecam_init()
+                state["lecam"] = lecam.lecam_init(self.weights.lecam)
         return params, state
 
     def phase(self, step: int) -> Phase:
@@ -227,11 +228,15 @@ class TokenizerObjective(NamedTuple):
         logits_fake = fakes[""]
         state = {**state, "discriminator": kept}
         if w.lecam_weight:
-            averages = lecam.lecam_update(
-                state["lecam"], logits_real, logits_fake, step=step + 1, start_step=w.discriminator_start + 1000
+            penalty, state["lecam"] = lecam.lecam(
+                w.lecam,
+                state["lecam"],
+                logits_real,
+                logits_fake,
+                step=step + 1,
+                discriminator_start=w.discriminator_start,
             )
-            state["lecam"] = averages
-            terms["lecam"] = w.lecam_weight * lecam.lecam_penalty(logits_real, logits_fake, averages)
+            terms["lecam"] = w.lecam_weight * penalty
         return terms, state, {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
 
 
