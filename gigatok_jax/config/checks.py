@@ -15,8 +15,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     **dict.fromkeys(("data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
-    **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "semantic", "codebook", "commitment",
-                     "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
+    **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "convnext", "semantic", "codebook",
+                     "commitment", "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
     **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
                      for size in ("width", "depth", "heads")), (1, INF)),

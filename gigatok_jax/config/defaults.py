@@ -52,6 +52,7 @@ def base() -> ConfigDict:
                 pixel_weight=1.0,
                 perceptual_weight=1.0,  # LPIPS
                 perceptual_network="vgg16",  # or "alexnet"
+                convnext_weight=0.0,  # squared differences of ConvNeXt-S's logits (TiTok)
                 semantic_weight=0.5,  # against `semantic_teacher`
                 semantic_teacher="dinov2-b",  # or "dinov2-l-reg", "siglip-so400m", …; teacher_dim is its width
                 codebook_weight=1.0,
@@ -72,7 +73,7 @@ def base() -> ConfigDict:
             frozen=dict(
                 folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax
                 dtype="bfloat16",  # of their parameters and arithmetic
-                remat=False,  # of the perceptual network: keeps no feature maps for the backward pass
+                remat=False,  # of the perceptual networks: keeps no feature maps for the backward pass
             ),
             groups=dict(tokenizer=_group(), discriminator=_group()),
             schedule="cosine",  # or "constant", "wsd"

@@ -27,6 +27,8 @@ def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
     loss, roles = cfg["loss"], {}
     if loss["perceptual_weight"]:
         roles["perceptual"] = loss["perceptual_network"]
+    if loss["convnext_weight"]:
+        roles["logits"] = "convnext-s"
     if loss["semantic_weight"]:
         roles["semantic"] = loss["semantic_teacher"]
     if cfg["discriminator"]["name"] == "dino" and loss["discriminator_start"] <= cfg["num_steps"]:
@@ -44,7 +46,8 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
     """The objective of a config.
 
     Args:
-      teachers: functions of frozen networks by role ("perceptual", "semantic"), instead of those the config names.
+      teachers: functions of frozen networks by role ("perceptual", "logits", "semantic"), instead of those that the
+        config names.
     Raises:
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
@@ -79,6 +82,8 @@ def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str,
     dtype, found = jnp.dtype(cfg["frozen"]["dtype"]), dict(given)
     if name := roles.get("perceptual"):
         found["perceptual"] = functions.perceptual(name, dtype, cfg["frozen"]["remat"])
+    if name := roles.get("logits"):
+        found["logits"] = functions.logits(name, dtype, cfg["frozen"]["remat"])
     if name := roles.get("semantic"):
         width = frozen_networks.SEMANTIC[name]
         if cfg["tokenizer"]["teacher_dim"] != width:

@@ -28,6 +28,7 @@ class Weights(NamedTuple):
     pixel_weight: float
     perceptual_weight: float
     perceptual_network: str
+    convnext_weight: float
     semantic_weight: float
     semantic_teacher: str
     codebook_weight: float
@@ -50,8 +51,8 @@ class TokenizerObjective(NamedTuple):
     """Built once from a config; every method is pure.
 
     Loss terms are reported weighted, as they enter the total. Steps are counted from 0 here and from 1 in the
-    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual" and "semantic" to
-    functions whose parameters travel in `frozen` under the same names.
+    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual", "logits" and
+    "semantic" to functions whose parameters travel in `frozen` under the same names.
     """
 
     tokenizer: Tokenizer
@@ -157,6 +158,9 @@ class TokenizerObjective(NamedTuple):
             if w.perceptual_weight:
                 perceptual = self.teachers["perceptual"](frozen["perceptual"], image, target)
                 terms[f"{prefix}perceptual"] = w.perceptual_weight * perceptual
+            if w.convnext_weight:
+                convnext = self.teachers["logits"](frozen["logits"], image, target)
+                terms[f"{prefix}convnext"] = w.convnext_weight * convnext
         return terms
 
     def _code_terms(
