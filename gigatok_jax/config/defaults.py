@@ -41,9 +41,10 @@ def base() -> ConfigDict:
             max_skipped=20,  # non-finite updates in a row before the run stops
             tokenizer=gigatok_tokenizer(),
             discriminator=dict(
-                name="patchgan",  # or "dino" (heads over a frozen DINO v1), "none"
-                base_channels=64,  # of patchgan
-                num_layers=3,  # of patchgan
+                name="patchgan",  # or "blur" (TiTok's), "dino" (heads over a frozen DINO v1), "none"
+                base_channels=64,  # of patchgan; TiTok's blur has 128
+                num_layers=3,  # of patchgan and blur
+                pooling="blur",  # of blur's halvings; or "average"
                 remat="full",  # of dino's frozen layers; or "dots", "none"
             ),
             loss=dict(
@@ -51,6 +52,7 @@ def base() -> ConfigDict:
                 pixel_weight=1.0,
                 perceptual_weight=1.0,  # LPIPS
                 perceptual_network="vgg16",  # or "alexnet"
+                convnext_weight=0.0,  # squared differences of ConvNeXt-S's logits; TiTok's 1.1 x "lpips-convnext_s-1.0-0.1": 0.1
                 semantic_weight=0.5,  # against `semantic_teacher`
                 semantic_teacher="dinov2-b",  # or "dinov2-l-reg", "siglip-so400m", …; teacher_dim is its width
                 codebook_weight=1.0,
@@ -66,6 +68,7 @@ def base() -> ConfigDict:
                 discriminator="hinge",  # or "vanilla", "non_saturating"
                 discriminator_weight=0.5,
                 discriminator_start=20_000,  # first step (counted from 1) with the discriminator
+                lecam="per_logit",  # or "of_means" (TiTok's)
                 lecam_weight=0.0,
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
             ),
@@ -74,7 +77,7 @@ def base() -> ConfigDict:
             frozen=dict(
                 folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax
                 dtype="bfloat16",  # of their parameters and arithmetic
-                remat=False,  # of the perceptual network: keeps no feature maps for the backward pass
+                remat=False,  # of the perceptual networks: keeps no feature maps for the backward pass
             ),
             groups=dict(tokenizer=_group(), discriminator=_group()),
             schedule="cosine",  # or "constant", "wsd"

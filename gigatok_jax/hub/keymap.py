@@ -53,6 +53,8 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[None]
     if kind == "cells":  # (1, cells, D) → (1, 1 + cells, D), zeros first
         return np.pad(array, ((0, 0), (1, 0), (0, 0)))
+    if kind == "channels":  # (C, 1, 1) → (C,)
+        return array[:, 0, 0]
     return array
 
 
@@ -80,6 +82,8 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array[0]
     if kind == "cells":
         return array[:, 1:]
+    if kind == "channels":
+        return array[:, None, None]
     return array
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gigatok_jax import config
-from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan, titok
+from gigatok_jax.hub import blur, dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan, titok
 
 
 class Keys(NamedTuple):
@@ -42,6 +42,7 @@ class ModelLayout(NamedTuple):
 
 
 _GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.com/FoundationVision/LlamaGen"
+_TITOK = "https://github.com/bytedance/1d-tokenizer"
 _RECORDED = "recorded outputs of the published code at narrow sizes; its key lists at every published size"
 _SIDES = ("encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
 _VIT = {name: sizes[:2] for name, sizes in config.VIT_SIZES.items()}
@@ -99,7 +100,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(patchgan.section_of, patchgan.section_entries, patchgan.buffers),
-        requires={},
+        requires={"family": "patchgan"},
         parts=("discriminator",),
         sizes=("base_channels", "num_layers"),
         known=((64, 3),),
@@ -111,10 +112,22 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(dino_heads.section_of, dino_heads.section_entries),
-        requires={},
+        requires={"family": "dino"},
         parts=("discriminator",),
         sizes=("width", "num_heads"),
         known=((384, 5),),
+    ),
+    "titok-disc": ModelLayout(
+        kind="discriminator",
+        what="TiTok's and TA-TiTok's discriminator",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(blur.section_of, blur.section_entries, blur.buffers),
+        requires={"family": "blur"},
+        parts=("discriminator",),
+        sizes=("base_channels", "num_layers", "pooling"),
+        known=((128, 3, "blur"),),
     ),
     "llamagen": ModelLayout(
         kind="tokenizer",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gigatok_jax import config, objectives
+from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar
@@ -25,6 +26,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
     "generator": {"ar": config.ar_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
+        "blur": lambda: ConfigDict({"family": "blur", "base_channels": 128, "num_layers": 3, "pooling": "blur"}),
         "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
     },
 }
@@ -39,6 +41,8 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
     dtype = jnp.dtype(dtype)
     if section["family"] == "patchgan":
         return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
+    if section["family"] == "blur":
+        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
     if section["family"] == "dino":
         return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
     # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from gigatok_jax import teachers as frozen_networks
+from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar as generators_ar
@@ -30,6 +32,8 @@ def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
     loss, roles = cfg["loss"], {}
     if loss["perceptual_weight"]:
         roles["perceptual"] = loss["perceptual_network"]
+    if loss["convnext_weight"]:
+        roles["logits"] = "convnext-s"
     if loss["semantic_weight"]:
         roles["semantic"] = loss["semantic_teacher"]
     if cfg["discriminator"]["name"] == "dino" and loss["discriminator_start"] <= cfg["num_steps"]:
@@ -47,7 +51,8 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
     """The objective of a config.
 
     Args:
-      teachers: functions of frozen networks by role ("perceptual", "semantic"), instead of those the config names.
+      teachers: functions of frozen networks by role ("perceptual", "logits", "semantic"), instead of those that the
+        config names.
     Raises:
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
@@ -108,6 +113,8 @@ def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str,
     dtype, found = jnp.dtype(cfg["frozen"]["dtype"]), dict(given)
     if name := roles.get("perceptual"):
         found["perceptual"] = functions.perceptual(name, dtype, cfg["frozen"]["remat"])
+    if name := roles.get("logits"):
+        found["logits"] = functions.logits(name, dtype, cfg["frozen"]["remat"])
     if name := roles.get("semantic"):
         width = frozen_networks.SEMANTIC[name]
         if cfg["tokenizer"]["teacher_dim"] != width:
@@ -130,7 +137,7 @@ def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
     return FAMILIES[section["family"]](section, dtype=dtype)
 
 
-def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | DinoDiscriminator | None:
+def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> nn.Module | None:
     """The discriminator of a config; None where it has none, or none that starts within the run."""
     section = cfg["discriminator"]
     if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
@@ -139,4 +146,6 @@ def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> PatchGAN | DinoDi
         sizes = frozen_networks.VITS["dino-s16"]
         taps = tuple(range(0, sizes.depth + 1, sizes.depth // 4))
         return DinoDiscriminator(sizes.width, sizes.depth, sizes.num_heads, taps, section["remat"], dtype)
+    if section["name"] == "blur":
+        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
     return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)

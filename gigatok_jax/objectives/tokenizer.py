@@ -29,6 +29,7 @@ class Weights(NamedTuple):
     pixel_weight: float
     perceptual_weight: float
     perceptual_network: str
+    convnext_weight: float
     semantic_weight: float
     semantic_teacher: str
     codebook_weight: float
@@ -44,6 +45,7 @@ class Weights(NamedTuple):
     discriminator: str
     discriminator_weight: float
     discriminator_start: int
+    lecam: str
     lecam_weight: float
     usage_window: int
 
@@ -52,10 +54,10 @@ class TokenizerObjective(NamedTuple):
     """Built once from a config; every method is pure.
 
     Loss terms are reported weighted, as they enter the total. Steps are counted from 0 here and from 1 in the
-    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual" and "semantic" to
-    functions whose parameters travel in `frozen` under the same names. With a `proxy`, whose parameters travel there as
-    "first_stage", the tokenizer's decoder gives logits over the proxy's ids (stage 1 of TiTok): their cross-entropy
-    stands in the place of the losses of images.
+    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual", "logits" and
+    "semantic" to functions whose parameters travel in `frozen` under the same names. With a `proxy`, whose parameters
+    travel there as "first_stage", the tokenizer's decoder gives logits over the proxy's ids (stage 1 of TiTok): their
+    cross-entropy stands in the place of the losses of images.
     """
 
     tokenizer: Tokenizer
@@ -94,7 +96,7 @@ class TokenizerObjective(NamedTuple):
             # Whatever else it keeps, by collection: running statistics, spectral-norm vectors.
             state["discriminator"] = {name: value for name, value in variables.items() if name != "params"}
             if self.weights.lecam_weight:
-                state["lecam"] = lecam.lecam_init()
+                state["lecam"] = lecam.lecam_init(self.weights.lecam)
         return params, state
 
     def phase(self, step: int) -> Phase:
@@ -189,6 +191,9 @@ class TokenizerObjective(NamedTuple):
             if w.perceptual_weight:
                 perceptual = self.teachers["perceptual"](frozen["perceptual"], image, target)
                 terms[f"{prefix}perceptual"] = w.perceptual_weight * perceptual
+            if w.convnext_weight:
+                convnext = self.teachers["logits"](frozen["logits"], image, target)
+                terms[f"{prefix}convnext"] = w.convnext_weight * convnext
         return terms
 
     def _proxy_term(self, logits_BNV: jax.Array, image: jax.Array, frozen: Any) -> dict[str, jax.Array]:
@@ -267,11 +272,15 @@ class TokenizerObjective(NamedTuple):
         logits_fake = fakes[""]
         state = {**state, "discriminator": kept}
         if w.lecam_weight:
-            averages = lecam.lecam_update(
-                state["lecam"], logits_real, logits_fake, step=step + 1, start_step=w.discriminator_start + 1000
+            penalty, state["lecam"] = lecam.lecam(
+                w.lecam,
+                state["lecam"],
+                logits_real,
+                logits_fake,
+                step=step + 1,
+                discriminator_start=w.discriminator_start,
             )
-            state["lecam"] = averages
-            terms["lecam"] = w.lecam_weight * lecam.lecam_penalty(logits_real, logits_fake, averages)
+            terms["lecam"] = w.lecam_weight * penalty
         return terms, state, {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
 
 
