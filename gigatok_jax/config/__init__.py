@@ -7,7 +7,7 @@ given.
 
 from gigatok_jax.config.checks import check_fields, check_mesh, mesh_sizes, to_json, validate
 from gigatok_jax.config.defaults import STAGES, ar, base, pipeline
-from gigatok_jax.config.generators import GPT_SIZES, ar_generator
+from gigatok_jax.config.generators import GPT_SIZES, MASKED_SIZES, ar_generator, masked_generator
 from gigatok_jax.config.tokenizers import (
     VIT_SIZES,
     gigatok_tokenizer,
@@ -18,6 +18,7 @@ from gigatok_jax.config.tokenizers import (
 
 __all__ = [
     "GPT_SIZES",
+    "MASKED_SIZES",
     "STAGES",
     "VIT_SIZES",
     "ar",
@@ -27,6 +28,7 @@ __all__ = [
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",
+    "masked_generator",
     "mesh_sizes",
     "pipeline",
     "set_vit",

@@ -45,6 +45,8 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[0, :, 0, 0]
     if kind == "shared_table":  # (1, 1, rows, D) → (rows, D)
         return array[0, 0]
+    if kind == "positions":  # (1, rows, D) → (rows, D)
+        return array[0]
     if kind == "token":  # (D,) → (1, 1, D)
         return array[None, None]
     if kind == "rows":  # (rows, D) → (1, rows, D)
@@ -70,6 +72,8 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array[None, :, None, None]
     if kind == "shared_table":
         return array[None, None]
+    if kind == "positions":
+        return array[None]
     if kind == "token":
         return array[0, 0]
     if kind == "rows":
