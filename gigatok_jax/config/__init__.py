@@ -1,12 +1,12 @@
 """Configs: their defaults, and what can be known to be wrong with one before anything is built.
 
-A file in `configs/` imports this package and nothing else of the house: it calls `base()`, `ar()` or `pipeline()`,
-fills the differences, and returns the locked result. `validate` is what every entry point calls on the config it was
-given.
+A file in `configs/` imports this package and nothing else of the house: it calls `base()`, `ar()`, `masked()` or
+`pipeline()`, fills the differences, and returns the locked result. `validate` is what every entry point calls on the
+config it was given.
 """
 
 from gigatok_jax.config.checks import check_fields, check_mesh, mesh_sizes, to_json, validate
-from gigatok_jax.config.defaults import STAGES, ar, base, pipeline
+from gigatok_jax.config.defaults import STAGES, ar, base, masked, pipeline
 from gigatok_jax.config.generators import GPT_SIZES, MASKED_SIZES, ar_generator, masked_generator
 from gigatok_jax.config.tokenizers import (
     VIT_SIZES,
@@ -28,6 +28,7 @@ __all__ = [
     "check_mesh",
     "gigatok_tokenizer",
     "llamagen_tokenizer",
+    "masked",
     "masked_generator",
     "mesh_sizes",
     "pipeline",

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from gigatok_jax.config.generators import ar_generator
+from gigatok_jax.config.generators import ar_generator, masked_generator
 from gigatok_jax.config.tokenizers import gigatok_tokenizer
 
 # What follows a tokenizer's run, in order.
@@ -114,16 +114,44 @@ def ar(size: str = "b") -> ConfigDict:
     Raises:
       ValueError: for a size that is not in `GPT_SIZES`.
     """
-    cfg = base()
-    for section in ("tokenizer", "discriminator", "loss", "frozen"):
-        del cfg[section]
-    cfg.update(objective="ar", num_steps=1_500_000, global_batch=256, schedule="wsd")
-    cfg.generator = ar_generator(size)
-    cfg.first_stage = dict(bundle="")  # of the tokenizer that makes ids of pictures, in float32
-    cfg.groups = dict(generator=_group())
+    cfg = _generator(ar_generator(size))
+    cfg.update(num_steps=1_500_000, global_batch=256, schedule="wsd")
     # Matrices and tables, not norms and biases; a layer axis makes every parameter of a stack look like a matrix.
     decayed = r".*(kernel|embedding|_pos|_table)"
     cfg.groups.generator.update(end_learning_rate=0.0, warmup_steps=5000, weight_decay=0.05, clip=1.0, decayed=decayed)
+    return cfg
+
+
+def masked(size: str = "l-32") -> ConfigDict:
+    """A complete config: a masked generator of a named size with TiTok's published training; unlocked.
+
+    Ids as of `ar`.
+
+    Raises:
+      ValueError: for a size that is not in `MASKED_SIZES`.
+    """
+    cfg = _generator(masked_generator(size))
+    cfg.update(num_steps=500_000, global_batch=2048)
+    cfg.loss = dict(
+        mask_schedule="arccos",  # or "cosine", "linear", "root": the share of ids masked by a uniform time
+        label_smoothing=0.1,
+        unmasked_weight=0.1,  # of an id that the network sees, beside 1 of a masked one
+    )
+    cfg.groups.generator.update(
+        learning_rate=2e-4, warmup_steps=10_000, b2=0.96, weight_decay=0.03, clip=1.0, ema=0.999
+    )
+    cfg.groups.generator.decayed = r".*kernel"  # no norm, bias or table
+    return cfg
+
+
+def _generator(section: ConfigDict) -> ConfigDict:
+    """What the configs of all generators have; the training is yet to be said."""
+    cfg = base()
+    for name in ("tokenizer", "discriminator", "loss", "frozen"):
+        del cfg[name]
+    cfg.objective, cfg.generator = section.family, section
+    cfg.first_stage = dict(bundle="")  # of the tokenizer that makes ids of pictures, in float32
+    cfg.groups = dict(generator=_group())
     cfg.data.update(source="tokens", num_threads=4)  # "tokens", or pictures
     cfg.eval = dict(every=5000, batch=64, num_images=512, unigram_images=16_384)  # the last: crops trained on, at most
     return cfg

@@ -15,6 +15,8 @@ from gigatok_jax import config
 from gigatok_jax.generators import masked
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import masked as hub
+from gigatok_jax.losses.masked_tokens import cross_entropy, weighted
+from gigatok_jax.objectives.masked import MaskedObjective
 from gigatok_jax.sampling import masked as sampling
 from tests.compare import assert_close_tree
 
@@ -86,3 +88,57 @@ def test_how_many_ids_stay_masked(golden):
     counts = sampling.mask_counts(32, 8, "arccos")
     np.testing.assert_array_equal(counts[:-1], want[:-1])  # the published count of the last step is not used
     assert counts[-1] == 0
+
+
+def objective(model):
+    return MaskedObjective(model, class_dropout=0.0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_masks(golden, name):
+    model, _, _ = load(golden, name)
+    io = recorded(golden, name, "masking")
+    masks = objective(model).masks(jnp.asarray(io["u_timestep"]), jnp.asarray(io["u_perm"]))
+    np.testing.assert_array_equal(masks, io["masks"])
+    np.testing.assert_array_equal(np.where(masks, model.mask_id, io["tokens"]), io["masked"])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_loss_and_gradients(golden, name):
+    model, entries, params = load(golden, name)
+    io = recorded(golden, name, "mlm_loss")
+    ids, classes = (jnp.asarray(io[field], jnp.int32) for field in ("tokens", "condition"))
+    masks, one = jnp.asarray(io["masks"]), objective(model)
+
+    def loss(params):
+        logits = one.logits({"generator": params}, ids, masks, classes)
+        return weighted(cross_entropy(logits, ids, one.label_smoothing), masks, one.unmasked_weight), logits
+
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert_close_tree(logits, io["logits"], 1e-4)
+    assert_close_tree(value, io["loss"], 1e-6)
+    want = load_file(golden / "titok" / f"{name}_mlm_grads.safetensors")
+    got = keymap.into_published(entries, jax.device_get(gradient))
+    # Attention is the same with any bias of the keys: what is recorded there is rounding.
+    want = {key: value for key, value in want.items() if not key.endswith("self.key.bias")}
+    assert len(want) > 30
+    assert_close_tree({key: got[key] for key in want}, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_step_trains_on_that_loss(golden, name, monkeypatch):
+    model, _, params = load(golden, name)
+    io = recorded(golden, name, "mlm_loss")
+    monkeypatch.setattr(MaskedObjective, "masks", lambda self, *draws: jnp.asarray(io["masks"]))
+    one = objective(model if name == "uvitbert" else undropped(model))
+    batch = {field: jnp.asarray(io[at], jnp.int32) for field, at in (("ids", "tokens"), ("label", "condition"))}
+    loss = jax.jit(one.loss(one.phase(0)))
+    value, (_, metrics) = loss({"generator": params}, {}, {}, batch, jax.random.key(0), jnp.int32(0))
+    assert_close_tree(value, io["loss"], 1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], io["correct_tokens"], rtol=1e-6)
+
+
+def undropped(model):
+    """The recorded loss is without dropout."""
+    layer = functools.partial(model.stack.layer.func, hidden=128, dropout=0.0)
+    return model.clone(stack=model.stack.clone(layer=layer), dropout=0.0)
