@@ -5,13 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from gigatok_jax import config
 from gigatok_jax.hub.conv_keys import dense, norm
 from gigatok_jax.hub.keymap import Entry
 
 _QKV = ("query", "key", "value")
+OLD = ("model.embeddings.position_ids",)  # numbers of positions
 # The tensors that tell the sizes: of the table, positions, head, MLP and width; and what the layers' names begin with.
 _EMBEDDINGS = "model.embeddings"
 _TOLD_BY = {
@@ -88,13 +87,6 @@ def _block(key: str, ours: str, width: int, hidden: int, n: int) -> Iterator[Ent
     yield from norm(f"{key}.norm2", f"{ours}/norm_mlp", width, n)
     yield from dense(f"{key}.mlp.fc1", f"{ours}/mlp/in", hidden, width, n)
     yield from dense(f"{key}.mlp.fc2", f"{ours}/mlp/out", width, hidden, n)
-
-
-def buffers(cfg: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What older files hold beside the weights: the numbers of BERT's positions."""
-    if cfg["architecture"] != "bert":
-        return {}
-    return {f"{_EMBEDDINGS}.position_ids": np.arange(1 + cfg["num_latent_tokens"])[None]}
 
 
 def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from ml_collections import ConfigDict
 from gigatok_jax import config, objectives
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
     "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
-    "generator": {"ar": config.ar_generator},
+    "generator": {"ar": config.ar_generator, "masked": config.masked_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
         "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
@@ -38,7 +37,8 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
         return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
     # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
     section = {**section, "attention": "xla"}
-    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
+    build = objectives.build_tokenizer if kind == "tokenizer" else objectives.build_generator
+    return build(section, dtype)
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

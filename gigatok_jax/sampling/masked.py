@@ -93,6 +93,17 @@ def mask_counts(num_tokens: int, num_steps: int, schedule: str) -> np.ndarray:
     return np.array([*counts, 0], np.int32)
 
 
+def held(params: Any, dtype: Any) -> Any:
+    """A generator's parameters as sampling holds them, in "float32" or "bfloat16".
+
+    Raises:
+      ValueError: for another dtype.
+    """
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype={dtype!r}: a masked generator samples in float32 or bfloat16")
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
 def is_guided(steps: Steps) -> bool:
     """Whether the null class must run beside each class."""
     return bool((np.asarray(steps.scale) != 1).any())
@@ -142,8 +153,10 @@ def _logits(
     """(B, K, V) of the classes, guided away from the null class."""
     if not guided:
         return model.apply({"params": params}, ids_BK, class_B)[0]
-    both = jnp.concatenate([class_B, jnp.full_like(class_B, model.num_classes)])
-    logits, null = jnp.split(model.apply({"params": params}, jnp.tile(ids_BK, (2, 1)), both)[0], 2)
+    # Each class beside its null class, so that a device's rows stay where they are.
+    both = jnp.stack([class_B, jnp.full_like(class_B, model.num_classes)], axis=1).reshape(-1)
+    logits = model.apply({"params": params}, jnp.repeat(ids_BK, 2, axis=0), both)[0]
+    logits, null = jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1)
     return null + scale * (logits - null)
 
 

@@ -26,6 +26,8 @@ def sample(form, rows, mesh=None, **options):
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         classes, keys = jax.device_put((classes, keys), sharding.batch_sharding(mesh))
+        text = runner(form, True).lower(params, classes, keys, steps).compile().as_text()
+        assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)  # rows stay where they are
     return np.asarray(runner(form, masked.is_guided(steps))(params, classes, keys, steps))
 
 
