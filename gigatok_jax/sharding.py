@@ -45,7 +45,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"id_embed/embedding$", ("codes", None)),
     (r"generator/head/kernel$", ("embed", "mlp")),
     (r"(^|generator/.*)modulate(_out)?/kernel$", ("embed", "mlp")),
-    (r"_pos$", (None, "embed")),
+    (r"(^|generator/.*)skip/kernel$", ("embed", None)),
+    (r"(_pos|type_table)$", (None, "embed")),
     (r"codebook$", ("codes", None)),
 )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import config, objectives
+from gigatok_jax import config, objectives, optim, sharding
 from gigatok_jax.hub import gigatok as hub
 from gigatok_jax.tokenizers import gigatok
 from tests.tiny import ROOT, config_module, tiny_run
@@ -132,3 +132,30 @@ def test_values_out_of_bounds_are_named(field, value):
     node[name] = value
     with pytest.raises(ValueError, match=name if field != "mesh.data" else "config.mesh"):
         config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize("size", [*config.MASKED_SIZES, "cpu-tiny"])
+def test_masked_generators_build(size):
+    cfg = config_module("masked").get_config(size)
+    config.validate(cfg)
+    objective = objectives.build(cfg)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))[0]["generator"]
+    assert (size == "cpu-tiny") == (sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 10**8)
+    decayed = optim.matching(cfg.groups.generator.decayed, shapes)
+    named = {sharding.path_name(path) for path, pulled in jax.tree_util.tree_leaves_with_path(decayed) if pulled}
+    assert {name.rsplit("/")[-1] for name in named} == {"kernel"} and "head/kernel" in named
+
+
+def test_masked_sizes_and_values_that_cannot_work():
+    with pytest.raises(ValueError, match="'xl' is not one of l-32, b-64, s-128"):
+        config_module("masked").get_config("xl")
+    for section, field, value in (
+        ("generator", "architecture", "gpt"),
+        ("loss", "mask_schedule", "square"),
+        ("loss", "label_smoothing", 1.5),
+        ("loss", "unmasked_weight", -1.0),
+    ):
+        cfg = config.masked()
+        cfg[section][field] = value
+        with pytest.raises(ValueError, match=field):
+            config.validate(cfg, 8)

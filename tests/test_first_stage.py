@@ -1,5 +1,6 @@
 """Generators trained on pictures: a frozen tokenizer makes the ids inside the step."""
 
+import dataclasses
 import json
 
 import jax
@@ -105,7 +106,7 @@ def steps(cfg, layout, count, ids_of=None, objective_of=lambda objective: object
     objective, groups = objective_of(objectives.build(cfg)), optim.make_groups(cfg)
     networks = {} if ids_of else frozen.of_config(cfg, mesh)
     if ids_of:
-        objective = objective._replace(first_stage=None)
+        objective = dataclasses.replace(objective, first_stage=None)
     state = train_state.init(objective, groups, 0, mesh, preset)
     # What starts at zero would hide the layers before it.
     head = state.params["generator"]["head"]["kernel"]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigatok_jax import config, export, objectives, sharding
+from gigatok_jax import config, export, objectives
 from gigatok_jax.hub import bundle, frozen, keymap, sections
 from gigatok_jax.run import Run
 from tests.steps import MESHES, ONE, assert_same_leaves, build, sgd_groups, train
@@ -114,7 +114,7 @@ def test_stage_1_then_stage_2_resumed_to_the_bit(proxy, tmp_path):
 
 def test_a_start_of_another_model_is_refused(proxy, tmp_path):
     cfg = titok_run(start__bundle=proxy)
-    with pytest.raises(ValueError, match="start.bundle=.* is of another model.*family='maskgit_vqgan'"):
+    with pytest.raises(ValueError, match=r"start.bundle=.* is of another model.*family='maskgit_vqgan'"):
         Run(cfg.lock(), tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_trains_and_is_scored(form, tmp_path):
     cfg.eval.every = 2
     one, _ = steps_of(tmp_path, cfg)
     assert ("loss/kl" if form == "kl" else "codebook/usage") in one.objective.shown
-    assert (tmp_path / "grids" / "step_00000003.png").exists() and (tmp_path / "report.html").exists()
+    assert (tmp_path / "grids" / "step_00000003.png").exists()
 
 
 def test_gigatok_takes_a_kl_bottleneck(tmp_path):

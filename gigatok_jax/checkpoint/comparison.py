@@ -15,7 +15,10 @@ RUN_ONLY_KEYS = (
 )  # fmt: skip
 
 # Fields that configs have got since checkpoints were written, and the value that these ran with.
-ADDED = {"discriminator.pooling": "blur", "loss.lecam": "per_logit", "loss.convnext_weight": 0.0}
+ADDED = {
+    **{"discriminator.pooling": "blur", "loss.lecam": "per_logit", "loss.convnext_weight": 0.0},
+    **{"loss.kl_weight": 1e-6, "loss.proxy_weight": 1.0, "start.bundle": "", "tokenizer.bottleneck": "vq"},
+}
 
 SHOWN = 5  # mismatching leaves named in an error; the rest are counted
 

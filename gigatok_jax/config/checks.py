@@ -38,7 +38,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
                      "weight_decay", "clip")), (0, INF)),
     **dict.fromkeys((f"generator.{name}" for name in ("width", "depth", "heads", "hidden_multiple", "codebook_size",
                      "num_classes", "unroll")), (1, INF)),
-    **dict.fromkeys(("generator.class_dropout", "generator.dropout"), (0, 1)),
+    **dict.fromkeys(("generator.class_dropout", "generator.dropout", "loss.label_smoothing"), (0, 1)),
+    **dict.fromkeys(("generator.hidden", "loss.unmasked_weight"), (0, INF)),
     **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
 }  # fmt: skip
 SEMANTIC_TEACHERS = (
@@ -47,7 +48,7 @@ SEMANTIC_TEACHERS = (
 )
 # What is one of a few names.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("tokenizer", "ar"),
+    "objective": ("tokenizer", "ar", "masked"),
     "dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "constant", "wsd"),
     "loss.pixel": ("l1", "l2"),
@@ -71,6 +72,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.head": ("pixels", "proxy", "proxy_pixels"),
     "tokenizer.layer_2d": ("vit", "qformer"),
     "tokenizer.remat": ("none", "full", "dots"),
+    "generator.architecture": ("bert", "uvit"),
+    "loss.mask_schedule": ("arccos", "cosine", "linear", "root"),
     "generator.attention": ("xla", "cudnn", "splash"),
     "generator.remat": ("none", "full", "dots"),
 }

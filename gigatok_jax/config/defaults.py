@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from gigatok_jax.config.generators import ar_generator
+from gigatok_jax.config.generators import ar_generator, masked_generator
 from gigatok_jax.config.tokenizers import gigatok_tokenizer
 
 # What follows a tokenizer's run, in order.
@@ -52,7 +52,7 @@ def base() -> ConfigDict:
                 pixel_weight=1.0,
                 perceptual_weight=1.0,  # LPIPS
                 perceptual_network="vgg16",  # or "alexnet"
-                convnext_weight=0.0,  # squared differences of ConvNeXt-S's logits; TiTok's 1.1 x "lpips-convnext_s-1.0-0.1": 0.1
+                convnext_weight=0.0,  # squared differences of ConvNeXt-S's logits (TiTok: 0.1 beside LPIPS's 1)
                 semantic_weight=0.5,  # against `semantic_teacher`
                 semantic_teacher="dinov2-b",  # or "dinov2-l-reg", "siglip-so400m", …; teacher_dim is its width
                 codebook_weight=1.0,
@@ -73,7 +73,8 @@ def base() -> ConfigDict:
                 usage_window=65_536,  # latent tokens over which codebook usage is counted
             ),
             start=dict(bundle=""),  # of the weights that a run starts from; empty: drawn ones
-            first_stage=dict(bundle=""),  # of the proxy tokenizer, where the decoder gives logits of its ids
+            # Of the tokenizer that makes ids of pictures, in float32: for a generator, or TiTok's first stage.
+            first_stage=dict(bundle=""),
             frozen=dict(
                 folder="",  # of the weights of frozen networks; empty: $GIGATOK_WEIGHTS or ~/.cache/gigatok_jax
                 dtype="bfloat16",  # of their parameters and arithmetic
@@ -121,16 +122,43 @@ def ar(size: str = "b") -> ConfigDict:
     Raises:
       ValueError: for a size that is not in `GPT_SIZES`.
     """
-    cfg = base()
-    for section in ("tokenizer", "discriminator", "loss", "frozen", "first_stage"):
-        del cfg[section]
-    cfg.update(objective="ar", num_steps=1_500_000, global_batch=256, schedule="wsd")
-    cfg.generator = ar_generator(size)
-    cfg.first_stage = dict(bundle="")  # of the tokenizer that makes ids of pictures, in float32
-    cfg.groups = dict(generator=_group())
+    cfg = _generator(ar_generator(size))
+    cfg.update(num_steps=1_500_000, global_batch=256, schedule="wsd")
     # Matrices and tables, not norms and biases; a layer axis makes every parameter of a stack look like a matrix.
     decayed = r".*(kernel|embedding|_pos|_table)"
     cfg.groups.generator.update(end_learning_rate=0.0, warmup_steps=5000, weight_decay=0.05, clip=1.0, decayed=decayed)
+    return cfg
+
+
+def masked(size: str = "l-32") -> ConfigDict:
+    """A complete config: a masked generator of a named size with TiTok's published training; unlocked.
+
+    Ids as of `ar`.
+
+    Raises:
+      ValueError: for a size that is not in `MASKED_SIZES`.
+    """
+    cfg = _generator(masked_generator(size))
+    cfg.update(num_steps=500_000, global_batch=2048)
+    cfg.loss = dict(
+        mask_schedule="arccos",  # or "cosine", "linear", "root": the share of ids masked by a uniform time
+        label_smoothing=0.1,
+        unmasked_weight=0.1,  # of an id that the network sees, beside 1 of a masked one
+    )
+    cfg.groups.generator.update(
+        learning_rate=2e-4, warmup_steps=10_000, b2=0.96, weight_decay=0.03, clip=1.0, ema=0.999
+    )
+    cfg.groups.generator.decayed = r".*kernel"  # no norm, bias or table
+    return cfg
+
+
+def _generator(section: ConfigDict) -> ConfigDict:
+    """What the configs of all generators have; the training is yet to be said."""
+    cfg = base()
+    for name in ("tokenizer", "discriminator", "loss", "frozen"):
+        del cfg[name]
+    cfg.objective, cfg.generator = section.family, section
+    cfg.groups = dict(generator=_group())
     cfg.data.update(source="tokens", num_threads=4)  # "tokens", or pictures
     cfg.eval = dict(every=5000, batch=64, num_images=512, unigram_images=16_384)  # the last: crops trained on, at most
     return cfg

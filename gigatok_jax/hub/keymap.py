@@ -45,7 +45,7 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[0, :, 0, 0]
     if kind == "shared_table":  # (1, 1, rows, D) → (rows, D)
         return array[0, 0]
-    if kind == "row":  # (1, 1, D) → (1, D)
+    if kind == "positions":  # (1, rows, D) → (rows, D)
         return array[0]
     if kind == "token":  # (D,) → (1, 1, D)
         return array[None, None]
@@ -74,7 +74,7 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array[None, :, None, None]
     if kind == "shared_table":
         return array[None, None]
-    if kind == "row":
+    if kind == "positions":
         return array[None]
     if kind == "token":
         return array[0, 0]

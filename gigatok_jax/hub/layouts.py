@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gigatok_jax import config
-from gigatok_jax.hub import blur, dino_heads, gigatok, gpt, keymap, llamagen, maskgit_vqgan, patchgan, titok
+from gigatok_jax.hub import blur, dino_heads, gigatok, gpt, keymap, llamagen, masked, maskgit_vqgan, patchgan, titok
 
 
 class Keys(NamedTuple):
@@ -14,11 +14,13 @@ class Keys(NamedTuple):
 
     section_of: shapes by published name → the config section.   entries: the section → its key list.
     buffers: the section → the closed set of tensors that are dropped, with what they are made anew as.
+    old: tensors that older files hold beside these, which are dropped and not made anew.
     """
 
     section_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
     entries: Callable[[Mapping[str, Any]], list[keymap.Entry]]
     buffers: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] = lambda section: {}
+    old: tuple[str, ...] = ()
 
 
 class ModelLayout(NamedTuple):
@@ -55,6 +57,8 @@ _PAIRS = (
     ("xl", "xxl"),
 )
 _GPT, _GPT_PARTS = ("width", "depth", "heads"), ("model", "module", "state_dict")
+_MASKED = ("width", "depth", "num_latent_tokens")
+_masked = lambda form: tuple((*s[1:3], s[4]) for s in config.MASKED_SIZES.values() if s[0] == form)  # noqa: E731
 _used = lambda section: gigatok.BUFFERS  # noqa: E731
 
 
@@ -88,7 +92,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "learned"},
+        requires={"family": "ar", "positions": "learned"},
         parts=_GPT_PARTS,
         sizes=_GPT,
         known=tuple(config.GPT_SIZES.values()),
@@ -148,7 +152,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="MIT",
         tested=_RECORDED,
         keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "rope_2d", "modulation": "none", "qk_norm": False},
+        requires={"family": "ar", "positions": "rope_2d", "modulation": "none", "qk_norm": False},
         parts=_GPT_PARTS,
         sizes=_GPT,
         known=tuple(config.GPT_SIZES.values()),
@@ -176,5 +180,29 @@ LAYOUTS: dict[str, ModelLayout] = {
         parts=("model", "state_dict"),
         sizes=("encoder_width", "decoder_width", "num_latent_tokens", "bottleneck", "codebook_size", "code_dim"),
         known=tuple(_titok_sizes()),
+    ),
+    "titok-imagebert": ModelLayout(
+        kind="generator",
+        what="TiTok's masked generators ImageBert, of L-32 and B-64",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(masked.section_of, masked.entries, old=masked.OLD),
+        requires={"family": "masked", "architecture": "bert"},
+        parts=("model", "state_dict"),
+        sizes=_MASKED,
+        known=_masked("bert"),
+    ),
+    "titok-uvit": ModelLayout(
+        kind="generator",
+        what="TiTok's masked generator UViTBert, of S-128",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(masked.section_of, masked.entries),
+        requires={"family": "masked", "architecture": "uvit"},
+        parts=("model", "state_dict"),
+        sizes=_MASKED,
+        known=_masked("uvit"),
     ),
 }

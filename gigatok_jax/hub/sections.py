@@ -13,7 +13,6 @@ from gigatok_jax import config, objectives
 from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
@@ -23,7 +22,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
         "titok": config.titok_tokenizer,
         "maskgit_vqgan": config.maskgit_vqgan_tokenizer,
     },
-    "generator": {"ar": config.ar_generator},
+    "generator": {"ar": config.ar_generator, "masked": config.masked_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
         "blur": lambda: ConfigDict({"family": "blur", "base_channels": 128, "num_layers": 3, "pooling": "blur"}),
@@ -47,7 +46,8 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
         return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
     # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
     section = {**section, "attention": "xla"}
-    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
+    build = objectives.build_tokenizer if kind == "tokenizer" else objectives.build_generator
+    return build(section, dtype)
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

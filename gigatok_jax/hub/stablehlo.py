@@ -6,7 +6,9 @@
 
 `tokenize`: (weights, (b, S, S, 3) uint8) → (b, K) int32.   `detokenize`: (weights, (b, K) int32) → (b, S, S, 3) uint8.
 `sample`: (weights, labels (b,) int32, image numbers (b,) int32, seed () uint32, guidance scales (K,) float32) → (b, K)
-int32, at temperature 1. The batch b is any; weights are the bundle's tensors by name, never part of the program.
+int32, at temperature 1; of a masked generator, in place of the scales, the four arrays of `sampling.masked.make_steps`
+for its default number of steps. The batch b is any; weights are the bundle's tensors by name, never part of the
+program.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +23,7 @@ from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub.bundle import build_model, parameter_shapes
 from gigatok_jax.objectives.tokenizer import image_ids
-from gigatok_jax.sampling import ar
+from gigatok_jax.sampling import ar, masked
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -63,6 +65,15 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
         keys_B = ar.image_keys(seed, number_B)
         return ar.generate(model, keymap.unflatten(weights), class_B, keys_B, scales_K, guided=K)
 
+    def sample_masked(
+        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, *steps_T: jax.Array
+    ) -> jax.Array:
+        keys_B, steps = ar.image_keys(seed, number_B), masked.Steps(*steps_T)
+        return masked.generate(model, keymap.unflatten(weights), class_B, keys_B, steps, guided=True)
+
+    if kind == "generator" and section["family"] == "masked":
+        steps = [shape(*x.shape, dtype=x.dtype) for x in masked.make_steps(K)]
+        return {"sample": (sample_masked, shape(b), shape(b), shape(dtype=jnp.uint32), *steps)}
     if kind == "generator":
         inputs = shape(b), shape(b), shape(dtype=jnp.uint32), shape(K, dtype=jnp.float32)
         return {"sample": (sample, *inputs)}

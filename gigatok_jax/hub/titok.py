@@ -68,7 +68,7 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
         *_vit(cfg, "encoder"),
         *dense("encoder.conv_out", "encoder/to_latents", (1 + kl) * code_dim, encoder, kind="conv1x1"),
         *dense("decoder.decoder_embed", "decoder/embed", decoder, code_dim),
-        Entry("decoder.mask_token", ("decoder/mask_token",), "row", (1, 1, decoder)),
+        Entry("decoder.mask_token", ("decoder/mask_token",), "positions", (1, 1, decoder)),
         *_vit(cfg, "decoder"),
         *_head(cfg),
     ]

@@ -11,8 +11,11 @@ from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar as generators_ar
+from gigatok_jax.generators import masked as generators_masked
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
+from gigatok_jax.objectives.generator import GeneratorObjective
+from gigatok_jax.objectives.masked import MaskedObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
 from gigatok_jax.tokenizers import gigatok, llamagen, maskgit_vqgan, titok
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
@@ -23,6 +26,7 @@ FAMILIES = {
     "maskgit_vqgan": maskgit_vqgan.build,
     "titok": titok.build,
 }
+GENERATORS = {"ar": generators_ar.build, "masked": generators_masked.build}
 
 
 def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
@@ -47,7 +51,32 @@ def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return (tokenizer.image_size // tokenizer.factor,) * 2
 
 
-def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None) -> TokenizerObjective | ARObjective:
+def build_generator(section: Mapping[str, Any], dtype: Any) -> Any:
+    """The generator of a config's section.
+
+    Raises:
+      ValueError: for an unknown family, or sizes that the family refuses.
+    """
+    if section["family"] not in GENERATORS:
+        raise ValueError(f"config.generator.family={section['family']!r} is not one of {', '.join(GENERATORS)}")
+    return GENERATORS[section["family"]](section, dtype=dtype)
+
+
+def _generator(cfg: Mapping[str, Any]) -> GeneratorObjective:
+    """The objective of a generator's config."""
+    section = cfg["generator"]
+    if section["family"] != cfg["objective"]:
+        raise ValueError(
+            f"config.objective={cfg['objective']!r} trains a generator of that family; config.generator.family="
+            f"{section['family']!r}"
+        )
+    common = build_generator(section, jnp.dtype(cfg["dtype"])), section["class_dropout"], _first_stage(cfg)
+    return ARObjective(*common) if cfg["objective"] == "ar" else MaskedObjective(*common, **cfg["loss"])
+
+
+def build(
+    cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None
+) -> TokenizerObjective | GeneratorObjective:
     """The objective of a config.
 
     Args:
@@ -56,9 +85,8 @@ def build(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher] | None = None)
     Raises:
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
-    if cfg["objective"] == "ar":
-        generator = generators_ar.build(cfg["generator"], dtype=jnp.dtype(cfg["dtype"]))
-        return ARObjective(generator, cfg["generator"]["class_dropout"], _first_stage(cfg))
+    if cfg["objective"] != "tokenizer":
+        return _generator(cfg)
     weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
     tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
     return TokenizerObjective(

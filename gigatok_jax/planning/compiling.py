@@ -23,7 +23,6 @@ from gigatok_jax import optim, programs, sharding
 from gigatok_jax.blueprint import Blueprint, build, counted
 from gigatok_jax.hub import frozen
 from gigatok_jax.planning import gpus
-from gigatok_jax.sampling import precision
 from gigatok_jax.scaling import chips, hlo, memory
 from gigatok_jax.scaling.flops import Flops, count_flops, flops_by_network
 from gigatok_jax.scaling.traffic import memory_traffic
@@ -239,8 +238,7 @@ def _inference(plan: Blueprint, fn: Any, flops: Flops, params: Any, batch: Any) 
 def _sample(plan: Blueprint) -> Lowered:
     """Prefill and all positions, with guidance, from bfloat16 weights where the config's are."""
     rows, dtype = plan.cfg.global_batch // plan.cfg.accumulate, plan.cfg.dtype
-    depth = plan.objective.generator.stack.depth
-    shapes = jax.eval_shape(lambda params: precision.held(params, depth, dtype), plan.abstract.params["generator"])
+    shapes = jax.eval_shape(lambda params: programs.held(plan, params, dtype), plan.abstract.params["generator"])
     where = sharding.state_shardings({"params": {"generator": shapes}}, plan.mesh, plan.cfg.sharding.preset)
     held = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),

@@ -2,91 +2,53 @@
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gigatok_jax import sharding
 from gigatok_jax.evals.reconstruction import to_uint8
-from gigatok_jax.hub import frozen
-from gigatok_jax.hub.bundle import Bundle, copy, load
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.hub.bundle import Bundle, load
 from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance, precision
+from gigatok_jax.sampling.base import LabelPipeline, Pipeline
+from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
 
-MAX_SEED = 2**32 - 1
 ROUNDING = 1e-3  # by which floats may leave [0, 1]
 
 
 def from_pretrained(
     path: str | os.PathLike, *, dtype: str = "float32", mesh: Mesh | None = None
-) -> "TokenizerPipeline | GeneratorPipeline":
-    """A bundle, ready for use: a `TokenizerPipeline` or a `GeneratorPipeline`.
+) -> "TokenizerPipeline | GeneratorPipeline | MaskedPipeline":
+    """A bundle, ready for use: a `TokenizerPipeline`, or the pipeline of a generator's family.
 
     Args:
       path: the bundle's folder, or "hf://owner/name@revision".
-      dtype: of the arithmetic, "float32" or "bfloat16"; of a generator also "int8", of its matrices.
+      dtype: of the arithmetic, "float32" or "bfloat16"; of an AR generator also "int8", of its matrices.
       mesh: devices to spread batches over; all of them by default.
     Raises:
       FileNotFoundError, ValueError, ImportError: as `hub.bundle.load`; for a dtype that it does not run in; for int8
         without the package qwix.
     """
     bundle = load(path)
-    kinds = {"tokenizer": TokenizerPipeline, "generator": GeneratorPipeline}
+    kinds = {"tokenizer": TokenizerPipeline, "generator": generator_pipeline}
     if bundle.kind not in kinds:
         raise ValueError(f"{path} is a bundle of a {bundle.kind}; one of a {' or '.join(kinds)} is wanted")
     return kinds[bundle.kind](bundle, dtype=dtype, mesh=mesh)
 
 
-class _Pipeline:
-    """A bundle's network with its parameters on a mesh; programs are compiled once per batch shape.
-
-    bundle: without its parameters, which are not held a second time on the host.
-    """
-
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-
-    def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
-        if dtype not in self.dtypes:
-            raise ValueError(f"dtype={dtype!r}: a {bundle.kind} runs in one of {', '.join(self.dtypes)}")
-        self.dtype = dtype
-        self.model = bundle.model(precision.arithmetic(dtype).name)
-        self.mesh = mesh or sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
-        # By the name of its group, as in training: the table's rules know a generator by it.
-        self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
-        self.bundle = bundle._replace(params={})
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Copies the bundle that it was made from.
-
-        Raises:
-          ValueError: it is not there any more as it was, or was never in a folder.
-          OSError: `folder` cannot be written.
-        """
-        if self.bundle.folder is None:
-            raise ValueError("this pipeline was made from a bundle in memory: use that bundle's own `save`")
-        copy(self.bundle.folder, folder, self.bundle.hash)
-
-    def _placed(self, rows: np.ndarray) -> tuple[jax.Array, int]:
-        """(rows over the devices, filled up with copies of the last one; how many are real)."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = np.asarray(rows)
-        filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % shards, axis=0)])
-        return sharding.place_rows(filled, self.mesh), len(rows)
-
-    def _jit(self, fn: Any) -> Any:
-        def constrained(*args: Any) -> Any:
-            with placing(sharding.placement(self.mesh)):
-                return fn(*args)
-
-        return jax.jit(constrained, out_shardings=sharding.batch_sharding(self.mesh))
+def generator_pipeline(
+    bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> "GeneratorPipeline | MaskedPipeline":
+    """The pipeline of a generator's bundle, by its family; arguments and errors are `from_pretrained`'s."""
+    families = {"ar": GeneratorPipeline, "masked": MaskedPipeline}
+    return families[bundle.section["family"]](bundle, dtype=dtype, mesh=mesh)
 
 
-class TokenizerPipeline(_Pipeline):
+class TokenizerPipeline(Pipeline):
     """Images ↔ ids by a tokenizer's bundle."""
 
     def tokenize(self, images: Any) -> np.ndarray:
@@ -139,10 +101,14 @@ class TokenizerPipeline(_Pipeline):
         return self._jit(lambda params, ids: jnp.clip(0.5 * self._decode(params, ids) + 0.5, 0, 1))
 
 
-class GeneratorPipeline(_Pipeline):
-    """Class labels → ids by a generator's bundle, with weights and cache as `precision` has them."""
+class GeneratorPipeline(LabelPipeline):
+    """Class labels → ids by an AR generator's bundle, with weights and cache as `precision` has them."""
 
     dtypes = precision.DTYPES
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **dict(seed=0, scale=1.0, schedule="constant", start=None, end=1.0, peak=0.5, interval=-1),
+        **dict(temperature=1.0, top_k=0, top_p=1.0),
+    }
 
     def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
         super().__init__(bundle, dtype=dtype, mesh=mesh)
@@ -191,15 +157,7 @@ class GeneratorPipeline(_Pipeline):
         **guidance_options: Any,
     ) -> tuple[ar.Draw, np.ndarray]:
         """How ids are drawn and the guidance scale of each, (K,) float32; arguments and errors are `sample`'s."""
-        labels, classes = np.asarray(labels), self.model.num_classes
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; a list of integers is wanted")
-        if labels.min() < 0 or labels.max() > classes:
-            raise ValueError(
-                f"labels lie in {labels.min()}..{labels.max()}, this generator's classes in 0..{classes - 1}"
-            )
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed={seed} is not in 0..{MAX_SEED}")
+        self.check_labels(labels, seed)
         draw = ar.Draw(float(temperature), int(top_k), float(top_p))
         draw.check(self.model.codebook_size)
         return draw, guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
@@ -228,12 +186,6 @@ class GeneratorPipeline(_Pipeline):
         follower = self._follower(ar.num_guided(scales))
         drawn, log_p = follower(self.params, *placed, np.uint32(seed), scales, ids)
         return np.asarray(drawn)[:count], np.asarray(log_p)[:count]
-
-    def _numbered(self, labels: Any, first: int) -> tuple[tuple[jax.Array, jax.Array], int]:
-        """((labels, image numbers) over the devices, how many are real)."""
-        numbers = np.arange(first, first + len(labels), dtype=np.int32)
-        (placed, count), (numbers, _) = self._placed(np.asarray(labels, np.int32)), self._placed(numbers)
-        return (placed, numbers), count
 
     # By how many ids are guided, not by how much: a search over scales runs one program.
     @functools.cache  # noqa: B019 (a pipeline and its programs live as long as each other)

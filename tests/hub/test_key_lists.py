@@ -63,6 +63,12 @@ LLAMAGEN = {
     "7b": (228, 6_614_589_440, "074007d4cc712c055ead2321f53717f68095dd55657c8cc71157960f8b3fcebf"),
 }
 MASKGIT_VQGAN = (168, 54_515_587, "239280e7734538e2e39425f4c7651760a31b9e8f030b9d35e0c54fda52d8107b")
+# TiTok's at 942a96f, ImageBert without a tie of its head to the table of ids (its transformers of that time had none).
+MASKED = {
+    "l-32": (391, 177_202_432, "df0236acf4c2faed018e54149278c8a23adf06e06054b3d9501dd15ebd9b497d"),
+    "b-64": (391, 177_227_008, "e0f33a9a1aea634228419a0a678d82431b2d883385f21009c063f0bcbef113d3"),
+    "s-128": (257, 294_990_848, "89b54d0b47830fae87a020ed161b8caae16124b157defd50f028fcfac1b3081a"),
+}
 
 
 def check(layout, section, published):
@@ -98,6 +104,12 @@ def test_generators_of_gigatok(name):
         {"qk_norm": True} if modulation == ["qk_norm"] else {"modulation": modulation[0] if modulation else "none"}
     )
     check("gigatok-gpt", plain(config.ar_generator(size)) | changes, GPT[name])
+
+
+@pytest.mark.parametrize("size", MASKED)
+def test_masked_generators_of_titok(size):
+    section = plain(config.masked_generator(size))
+    check("titok-uvit" if section["architecture"] == "uvit" else "titok-imagebert", section, MASKED[size])
 
 
 @pytest.mark.parametrize("name", JUDGES)

@@ -47,6 +47,7 @@ def holds(monkeypatch, tmp_path):
         ("llamagen", "model"),
         ("llamagen-gpt", "model"),
         ("maskgit-vqgan", "model"),
+        ("titok-imagebert", "model"),
         ("gigatok-patchgan", "discriminator"),
         ("gigatok-dino-disc", "discriminator"),
     ],
