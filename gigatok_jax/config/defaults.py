@@ -52,7 +52,7 @@ def base() -> ConfigDict:
                 pixel_weight=1.0,
                 perceptual_weight=1.0,  # LPIPS
                 perceptual_network="vgg16",  # or "alexnet"
-                convnext_weight=0.0,  # squared differences of ConvNeXt-S's logits; TiTok's 1.1 x "lpips-convnext_s-1.0-0.1": 0.1
+                convnext_weight=0.0,  # ConvNeXt-S's logits; 0.1 in TiTok's 1.1 x "lpips-convnext_s-1.0-0.1"
                 semantic_weight=0.5,  # against `semantic_teacher`
                 semantic_teacher="dinov2-b",  # or "dinov2-l-reg", "siglip-so400m", …; teacher_dim is its width
                 codebook_weight=1.0,
