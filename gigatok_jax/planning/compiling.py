@@ -73,10 +73,12 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
 
 
 def stacks(args: Any) -> set[tuple[int, ...]]:
-    """The shapes of parameters that hold the same weights of several layers, whole and as parts of a tensor axis."""
+    """The shapes of several layers' matrices, whole and as parts of a tensor axis; their vectors may travel together."""
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-        if sharding.STACKED not in sharding.path_name(path) or leaf.shape[0] == 1 or not leaf.sharding:
+        if sharding.STACKED not in sharding.path_name(path) or not leaf.sharding:
+            continue
+        if len(leaf.shape) < 3 or leaf.shape[0] == 1:
             continue
         if any(leaf.sharding.spec):
             parts = [leaf.sharding.mesh.shape["tensor"] if axis == "tensor" else 1 for axis in leaf.sharding.spec]
@@ -103,7 +105,7 @@ def facts_of(
         "traffic": memory_traffic(text),
         "collectives": hlo.by_kind(found),
         "collective_places": hlo.by_place(found),
-        "gathered_stacks": [f"{one.shape} of {one.op}" for one in hlo.gathers(found, stacked)],
+        "gathered_stacks": [f"{one.shape} of {one.op}" for one in hlo.making(found, stacked)],
         **({"between_hosts": _between_hosts(found)} if per_host else {}),
         "largest_collectives": [{**one._asdict(), "bytes": one.bytes} for one in found[:10]],
     }
