@@ -73,7 +73,7 @@ def answer(request: Mapping[str, Any], devices: Sequence[jax.Device]) -> dict[st
 
 
 def stacks(args: Any) -> set[tuple[int, ...]]:
-    """The shapes of several layers' matrices, whole and as parts of a tensor axis; their vectors may travel together."""
+    """The shapes of several layers' matrices, whole and as parts of a tensor axis; vectors may travel together."""
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if sharding.STACKED not in sharding.path_name(path) or not leaf.sharding:
