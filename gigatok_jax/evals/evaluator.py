@@ -12,7 +12,7 @@ from gigatok_jax import data, sharding
 from gigatok_jax.evals import fid, lpips
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.nn.constrain import gathered, placing
 
 Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -54,7 +54,7 @@ class Evaluator:
 
         def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
             with placing(sharding.placement(mesh)):
-                return reconstruct(params, image)
+                return reconstruct(gathered(params), image)
 
         self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))
 

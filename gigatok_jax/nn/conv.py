@@ -5,10 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
 
 from gigatok_jax.nn import conv_gradient
 from gigatok_jax.nn.attention import attend
-from gigatok_jax.nn.constrain import constrain
+from gigatok_jax.nn.constrain import constrain, together
 from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import AdaptiveGroupNorm, group_norm
 
@@ -17,15 +18,25 @@ class Conv(nn.Conv):
     """A convolution whose output stays split over the batch, and by its height where there is tensor parallelism.
 
     Without the constraint the partitioner may gather the batch and split the channels, where kernel and batch are
-    sharded over one mesh axis. On a CPU a large kernel's gradient goes by patches.
+    sharded over one mesh axis. Between a height that divides over the devices and one that does not, none is split:
+    XLA's partitioner would sum such a convolution's gradient over the devices twice. On a CPU a large kernel's gradient
+    goes by patches.
     """
 
     conv_general_dilated: Any = conv_gradient.conv_general_dilated
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return constrain(
-            super().__call__(constrain(x_BHWC, "batch", "height", None, None)), "batch", "height", None, None
-        )
+        height = together("height", x_BHWC.shape[1], self._height(x_BHWC.shape[1]))
+        x_BHWC = constrain(x_BHWC, "batch", height, None, None)
+        return constrain(super().__call__(x_BHWC), "batch", height, None, None)
+
+    def _height(self, height: int) -> int:
+        """That of the output."""
+        padding = canonicalize_padding(self.padding, 2)
+        stride = self.strides[0] if isinstance(self.strides, tuple) else self.strides or 1
+        if padding == "SAME":
+            return -(-height // stride)
+        return (height + sum(padding[0]) - self.kernel_size[0]) // stride + 1
 
 
 def conv(

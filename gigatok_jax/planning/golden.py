@@ -34,8 +34,8 @@ def shardings(cfg: ConfigDict, mesh: Mapping[str, int]) -> dict[str, list[str]]:
 
 FIGURES = {  # of a row, and how many digits after the point of each are kept
     "over_ideal": 4,
-    "hbm_gib_per_device": 4,
-    "hbm_gib_of_a_phase": 4,
+    "hbm_gib_per_device": 6,
+    "hbm_gib_of_a_phase": 6,
     "hbm_gib_limit": 2,
     "projected_step_seconds": 5,
     "projected_step_seconds_in_turn": 5,

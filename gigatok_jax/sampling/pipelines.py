@@ -14,7 +14,7 @@ from gigatok_jax import sharding
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import frozen
 from gigatok_jax.hub.bundle import Bundle, copy, load
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance, precision
 
@@ -124,9 +124,10 @@ class TokenizerPipeline(_Pipeline):
 
     @functools.cached_property
     def _encode(self) -> Any:
-        return self._jit(functools.partial(image_ids, self.model))
+        return self._jit(lambda params, images: image_ids(self.model, gathered(params), images))
 
     def _decode(self, params: Any, ids_BK: jax.Array) -> jax.Array:
+        params = gathered(params)
         codes = self.model.apply({"params": params}, ids_BK, method="lookup")
         return self.model.apply({"params": params}, codes, method="decode")[0].astype(jnp.float32)
 
