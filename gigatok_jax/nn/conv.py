@@ -1,5 +1,6 @@
 """Convolution blocks of the VQGAN family (BHWC), and the encoder and decoder built of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,11 +33,12 @@ class Conv(nn.Conv):
 
     def _height(self, height: int) -> int:
         """That of the output."""
-        padding = canonicalize_padding(self.padding, 2)
-        stride = self.strides[0] if isinstance(self.strides, tuple) else self.strides or 1
-        if padding == "SAME":
+        first = lambda value: value[0] if isinstance(value, Sequence) else value or 1  # noqa: E731
+        padding, stride = canonicalize_padding(self.padding, 2), first(self.strides)
+        if padding in ("SAME", "CIRCULAR"):
             return -(-height // stride)
-        return (height + sum(padding[0]) - self.kernel_size[0]) // stride + 1
+        padded = height + (0 if padding == "VALID" else sum(padding[0]))
+        return (padded - (self.kernel_size[0] - 1) * first(self.kernel_dilation) - 1) // stride + 1
 
 
 def conv(
