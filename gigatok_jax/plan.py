@@ -201,6 +201,8 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --search tries meshes of its own; it takes no --mesh")
     if FLAGS["tries"].present and not FLAGS.search:
         sys.exit("error: --tries counts the meshes of --search: give both, or neither")
+    if FLAGS["depth"].present and not FLAGS.params:
+        sys.exit("error: --depth is of the table of --params")
     idle = [name for name in OF_A_TOPOLOGY if FLAGS[name].present] if FLAGS.params else []
     if idle:
         sys.exit(f"error: --params compiles nothing; it takes no --{idle[0]}")

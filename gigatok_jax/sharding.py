@@ -178,11 +178,13 @@ class Placement(NamedTuple):
     weights: pytree of parameters → the same, each leaf whole but for tensor parallelism; their gradients leave split
       as the parameters are stored.
     by_head: function of arrays (B, N, G, E) → the same, called by each device with its part of B and G.
+    splits: (size, logical name) → whether such a dimension is split.
     """
 
     activations: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
     weights: Callable[[Any], Any]
     by_head: Callable[[Callable[..., Any]], Callable[..., Any]]
+    splits: Callable[[int, str], bool]
 
 
 def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
@@ -223,7 +225,10 @@ def placement(mesh: Mesh, preset: str = "fsdp+tensor") -> Placement | None:
 
         return split
 
-    return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params), by_head)
+    def splits(size: int, name: str) -> bool:
+        return activation_axes(mesh, size, name) is not None
+
+    return Placement(activations, lambda params: jax.tree_util.tree_map_with_path(gather, params), by_head, splits)
 
 
 _ACTIVATIONS = {"batch": BATCH_AXES, "height": ("tensor",), "heads": ("tensor",), "mlp": ("tensor",)}

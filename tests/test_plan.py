@@ -100,6 +100,7 @@ def test_program_says_what_it_can_do():
     [
         ("--topology=v5e:2x2 --search --mesh=fsdp=2", "takes no --mesh"),
         ("--topology=v5e:2x2 --tries=2", "--search"),
+        ("--topology=v5e:2x2 --depth=3", "--params"),
         ("--params --out=somewhere", "takes no --out"),
     ],
 )

@@ -133,6 +133,26 @@ def test_per_device_entropy_would_be_seen(monkeypatch):
         assert_same_leaves(grads, want, rtol=1e-2)
 
 
+def test_heights_that_do_not_divide_are_not_split():
+    """Two devices share a height of 4 and one of 2, not the discriminator's 3 between them: what reads it is whole.
+
+    Split on one side only, the gradient of such a convolution was four times as large, once for each part of the batch.
+    """
+    results = []
+    for layout in (ONE, MESHES["fsdp+tensor"]):
+        cfg, objective = tiny_objective()
+        step, state, batch = build(cfg, objective, sgd_groups(cfg), layout)
+        before = jax.device_get(state.params)
+        state, metrics = jax.device_get(step(state, {}, batch))
+        results.append((jax.tree.map(np.subtract, state.params, before), metrics))
+    (want, one), (moved, eight) = results
+    assert one["loss/adversarial"] != 0
+    np.testing.assert_allclose(eight["grad_norm/discriminator"], one["grad_norm/discriminator"], rtol=1e-4)
+    np.testing.assert_allclose(eight["grad_norm/tokenizer"], one["grad_norm/tokenizer"], rtol=1e-4)
+    kernel, wanted = (one["discriminator"]["conv_0"]["kernel"] for one in (moved, want))
+    np.testing.assert_allclose(kernel, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_microbatches_span_the_devices():
     """With entropy, batch norm and LeCam: each microbatch's statistics are over all devices, as on one."""
     results = []

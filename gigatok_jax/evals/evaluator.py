@@ -12,7 +12,7 @@ from gigatok_jax import data, sharding
 from gigatok_jax.evals import fid, lpips
 from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.nn.constrain import gathered, placing
 
 Reconstruct = Callable[[Mapping[str, Any], Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array | None]]
 
@@ -56,7 +56,7 @@ class Evaluator:
 
         def constrained(params: Any, frozen: Any, image: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             with placing(sharding.placement(mesh)):
-                return reconstruct(params, frozen, image)
+                return reconstruct(gathered(params), gathered(frozen), image)
 
         self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))
 

@@ -20,6 +20,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return x if placement is None else placement.activations(x, logical_axes)
 
 
+def together(name: str, *sizes: int) -> str | None:
+    """`name`, the logical axis of dimensions of these sizes, where all of them are split; else None."""
+    placement = _placement.get()
+    return name if placement is None or all(placement.splits(size, name) for size in sizes) else None
+
+
 def gathered(params: Any) -> Any:
     """Parameters as they are computed with: gathered over the axis that only stores them in parts.
 

@@ -1,14 +1,16 @@
 """Convolution blocks of the VQGAN family (BHWC), and the encoder and decoder built of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
 
 from gigatok_jax.nn import conv_gradient
 from gigatok_jax.nn.attention import attend
-from gigatok_jax.nn.constrain import constrain
+from gigatok_jax.nn.constrain import constrain, together
 from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import AdaptiveGroupNorm, group_norm
 
@@ -17,15 +19,26 @@ class Conv(nn.Conv):
     """A convolution whose output stays split over the batch, and by its height where there is tensor parallelism.
 
     Without the constraint the partitioner may gather the batch and split the channels, where kernel and batch are
-    sharded over one mesh axis. On a CPU a large kernel's gradient goes by patches.
+    sharded over one mesh axis. Between a height that divides over the devices and one that does not, none is split:
+    XLA's partitioner would sum such a convolution's gradient over the devices twice. On a CPU a large kernel's gradient
+    goes by patches.
     """
 
     conv_general_dilated: Any = conv_gradient.conv_general_dilated
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return constrain(
-            super().__call__(constrain(x_BHWC, "batch", "height", None, None)), "batch", "height", None, None
-        )
+        height = together("height", x_BHWC.shape[1], self._height(x_BHWC.shape[1]))
+        x_BHWC = constrain(x_BHWC, "batch", height, None, None)
+        return constrain(super().__call__(x_BHWC), "batch", height, None, None)
+
+    def _height(self, height: int) -> int:
+        """That of the output."""
+        first = lambda value: value[0] if isinstance(value, Sequence) else value or 1  # noqa: E731
+        padding, stride = canonicalize_padding(self.padding, 2), first(self.strides)
+        if padding in ("SAME", "CIRCULAR"):
+            return -(-height // stride)
+        padded = height + (0 if padding == "VALID" else sum(padding[0]))
+        return (padded - (self.kernel_size[0] - 1) * first(self.kernel_dilation) - 1) // stride + 1
 
 
 def conv(

@@ -32,12 +32,28 @@ def shardings(cfg: ConfigDict, mesh: Mapping[str, int]) -> dict[str, list[str]]:
     return {name: sorted(splits) for name, splits in sorted(found.items())}
 
 
+FIGURES = {  # of a row, and how many digits after the point of each are kept
+    "over_ideal": 4,
+    "hbm_gib_per_device": 6,
+    "hbm_gib_of_a_phase": 6,
+    "hbm_gib_limit": 2,
+    "projected_step_seconds": 5,
+    "projected_step_seconds_in_turn": 5,
+    "projected_mfu": 4,
+    "projected_mfu_in_turn": 4,
+    "collective_bytes_per_step": 0,
+    "compile_seconds": 0,
+}
+
+
 def record(cfg: ConfigDict, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a plan's row."""
     facts = {name: row[name] for name in ("program", "topology", "mesh", "images")}
     facts |= {"preset": cfg.sharding.preset, "gathered_stacks": row["gathered_stacks"]}
-    if "over_ideal" in row:
-        facts["over_ideal"] = round(row["over_ideal"], 2)  # kept to be read: another compiler's differs
+    figures = {name: round(row[name], digits) for name, digits in FIGURES.items() if name in row}
+    if row["fits"]:
+        figures["bound"] = row["bound"]
+    facts["figures"] = figures  # kept to be read: another compiler's differ
     return {**facts, "shardings": shardings(cfg, row["mesh"]), "collectives": row["collective_places"]}
 
 

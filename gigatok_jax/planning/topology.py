@@ -132,6 +132,8 @@ def _notes(cfg: ConfigDict, topology: Topology, filled: float) -> list[str]:
     notes, preset = [], cfg.sharding.preset
     if config.mesh_sizes(cfg, topology.chips)["tensor"] > 1 and "tensor" not in PRESETS[preset].values():
         notes.append(f"the preset {preset} splits no weights over tensor: --config.sharding.preset=fsdp+tensor does")
+    if cfg.dtype != "bfloat16":
+        notes.append(f"dtype is {cfg.dtype}: seconds and MFU are projected from the chip's bfloat16 peak all the same")
     if topology.chip.platform == "cuda" and JAX_TAKES < filled <= 1:
         notes.append(
             f"JAX takes {JAX_TAKES:.0%} of a GPU's memory, and this is {filled:.0%}: set XLA_PYTHON_CLIENT_MEM_FRACTION"

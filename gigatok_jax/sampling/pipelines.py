@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub.bundle import Bundle, load
+from gigatok_jax.nn.constrain import gathered
 from gigatok_jax.objectives.tokenizer import image_ids
 from gigatok_jax.sampling import ar, guidance, precision
 from gigatok_jax.sampling.base import LabelPipeline, Pipeline
@@ -86,9 +87,10 @@ class TokenizerPipeline(Pipeline):
 
     @functools.cached_property
     def _encode(self) -> Any:
-        return self._jit(functools.partial(image_ids, self.model))
+        return self._jit(lambda params, images: image_ids(self.model, gathered(params), images))
 
     def _decode(self, params: Any, ids_BK: jax.Array) -> jax.Array:
+        params = gathered(params)
         codes = self.model.apply({"params": params}, ids_BK, method="lookup")
         return self.model.apply({"params": params}, codes, method="decode")[0].astype(jnp.float32)
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """What a projection takes a chip to do at best.
 
-    platform: "tpu" or "cuda".   hbm_gib: its memory.   flops: bfloat16 FLOP/s.   hbm_bandwidth: bytes/s.
+    platform: "tpu" or "cuda".   hbm_gib: its memory, of a TPU what libtpu leaves to a program.
+    flops: bfloat16 FLOP/s.   hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s over all its links to other chips, of a GPU those of its host, both directions together.
     network_bandwidth: the same of a GPU's own share of its host's network; TPUs' links join hosts as well.
     """
@@ -22,11 +23,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # cloud.google.com/tpu/docs, the page of each version ("key specifications", bidirectional ICI per chip).
-    "v4": Chip("tpu", 32, 275e12, 1228e9, 600e9),
-    "v5e": Chip("tpu", 16, 197e12, 819e9, 400e9),
-    "v5p": Chip("tpu", 95, 459e12, 2765e9, 1200e9),
-    "v6e": Chip("tpu", 32, 918e12, 1638e9, 800e9),
+    # cloud.google.com/tpu/docs, the page of each version ("key specifications", bidirectional ICI per chip); memory as
+    # libtpu 0.0.42.1 states it where a program does not fit. (A v4 chip is two devices to it: there is none here.)
+    "v5e": Chip("tpu", 15.75, 197e12, 819e9, 400e9),
+    "v5p": Chip("tpu", 95.74, 459e12, 2765e9, 1200e9),
+    "v6e": Chip("tpu", 31.25, 918e12, 1638e9, 800e9),
     # NVIDIA's data sheets (SXM; dense bfloat16; NVLink, both directions), and those of DGX A100, H100 and H200: an
     # InfiniBand adapter a GPU, of 200 or 400 Gb/s each way. Clouds may have less.
     "a100": Chip("cuda", 80, 312e12, 2039e9, 600e9, 50e9),

@@ -133,7 +133,7 @@ def _integer(line: Instruction) -> bool:
 def shape_bytes(shape: str) -> int:
     """Bytes of a shape as written, all members of a tuple together."""
     return sum(
-        BYTES.get(kind, 4) * math.prod(map(int, dims.split(","))) if dims else BYTES.get(kind, 4)
+        BYTES[kind] * math.prod(map(int, dims.split(","))) if dims else BYTES[kind]
         for kind, dims in _SHAPE.findall(_plain(shape))
         if kind in BYTES
     )
@@ -206,8 +206,11 @@ def _origin(rest: str) -> str:
     return match[1] if match else ""
 
 
-def gathers(found: Sequence[Collective], shapes: Iterable[Sequence[int]]) -> list[Collective]:
-    """The all-gathers that make an array of one of these shapes, in any order of its axes, axes of 1 aside."""
+def making(found: Sequence[Collective], shapes: Iterable[Sequence[int]]) -> list[Collective]:
+    """The collectives that make an array of one of these shapes, in any order of its axes, axes of 1 aside.
+
+    Of any kind: a TPU may gather by an all-reduce of parts with zeros around them.
+    """
 
     def plain(shape: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted(size for size in shape if size > 1))
@@ -216,7 +219,7 @@ def gathers(found: Sequence[Collective], shapes: Iterable[Sequence[int]]) -> lis
         return {plain(map(int, dims.split(","))) for _, dims in _SHAPE.findall(one.shape) if dims}
 
     wanted = set(map(plain, shapes))
-    return [one for one in found if one.kind == "all-gather" and made(one) & wanted]
+    return [one for one in found if made(one) & wanted]
 
 
 def largest(text: str, number: int = 3) -> list[dict[str, str]]:

@@ -138,7 +138,7 @@ import json, sys
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 from gigatok_jax.blueprint import build
-from gigatok_jax.planning.compiling import lower
+from gigatok_jax.planning.lowering import lower
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
 lowered, _, _ = lower(build(ConfigDict(json.loads(sys.argv[1])), devices), "train")

@@ -61,17 +61,19 @@ FACTS = {
 
 def test_a_row_tells_what_a_run_would_meet(monkeypatch):
     monkeypatch.setattr(topology, "compiled", lambda *args: FACTS)
-    row = topology.plan(tiny_run(), named("h100:2x8"), "encode")
+    row = topology.plan(tiny_run(dtype="bfloat16"), named("h100:2x8"), "encode")
     compilers, memory, network = row["notes"]
     assert compilers == "of the compiler" and "88%" in memory and "MEM_FRACTION" in memory
     assert "50 GB/s" in network
     assert row["bound"] == "links" and row["projected_step_seconds"] == pytest.approx(9e9 / 50e9)
     small = {**FACTS, "memory": {"peak": 2**30}, "between_hosts": {"bytes": 0.0, "network_bytes": 0.0}}
     monkeypatch.setattr(topology, "compiled", lambda *args: small)
-    assert topology.plan(tiny_run(), named("h100:8"), "encode")["notes"] == ["of the compiler"]
+    assert topology.plan(tiny_run(dtype="bfloat16"), named("h100:8"), "encode")["notes"] == ["of the compiler"]
     tpu = {**small, "memory": {"peak": 15 * 2**30}}
     monkeypatch.setattr(topology, "compiled", lambda *args: tpu)
-    assert topology.plan(tiny_run(), named("v5e:2x4"), "encode")["notes"] == ["of the compiler"]
+    assert topology.plan(tiny_run(dtype="bfloat16"), named("v5e:2x4"), "encode")["notes"] == ["of the compiler"]
+    (_, single) = topology.plan(tiny_run(), named("v5e:2x4"), "encode")["notes"]
+    assert "dtype is float32" in single and "bfloat16 peak" in single
 
 
 LOG = """WARNING: no driver

@@ -35,7 +35,7 @@ def test_a_scan_gathers_one_layer_as_often_as_it_has_layers(mesh):
     assert (gather.count, gather.devices, gather.payload) == (5, 8, 64 * 64 * 4)
     assert gather.bytes == 5 * 64 * 64 * 4 * 7 / 8
     assert hlo.by_kind([gather, gather]) == {"all-gather": {"count": 10, "bytes": 2 * gather.bytes}}
-    assert not hlo.gathers([gather], [(5, 64, 64)])
+    assert not hlo.making([gather], [(5, 64, 64)])
 
 
 def test_a_stack_that_is_gathered_whole_is_found(mesh):
@@ -48,9 +48,19 @@ def test_a_stack_that_is_gathered_whole_is_found(mesh):
     split = PartitionSpec(None, "fsdp", None)
     text = text_of(fn, mesh, ((5, 64, 64), split), ((16, 64), PartitionSpec("fsdp")))
     found = hlo.collectives(text)
-    assert [one.count for one in hlo.gathers(found, [(64, 1, 5, 64), (2, 2)])] == [1]
-    assert not hlo.gathers(found, [(5, 64, 32)])
+    assert [one.count for one in hlo.making(found, [(64, 1, 5, 64), (2, 2)])] == [1]
+    assert not hlo.making(found, [(5, 64, 32)])
     assert hlo.largest(text)[0]["shape"] == "f32[5,64,64]" and hlo.largest(text)[0]["size"] == "0.1M"
+
+
+def test_a_stack_that_an_all_reduce_makes_whole_is_found_too():
+    (reduced,) = [one for one in hlo.collectives(TPU) if one.kind == "reduce-scatter"]
+    assert reduced in hlo.making(hlo.collectives(TPU), [(2048, 768)])
+    assert not hlo.making([reduced], [(2048, 96)])
+    text = TPU.replace(
+        "ROOT %add =", "%both = (bf16[12,96,64]{2,1,0}, f32[4]{0}) all-reduce(%q, %q), channel_id=3\n  ROOT %add ="
+    )
+    assert [one.kind for one in hlo.making(hlo.collectives(text), [(12, 64, 96)])] == ["all-reduce"]
 
 
 def test_a_sum_over_devices_sends_its_payload_twice(mesh):

@@ -38,7 +38,7 @@ def test_hosts_of_gpus_are_joined_by_their_network():
 
 
 def test_topologies_by_name():
-    assert topology("v5p:2x2x4").chips == 16 and topology("v5p:2x2x4").chip.hbm_gib == 95
+    assert topology("v5p:2x2x4").chips == 16 and topology("v5p:2x2x4").chip.hbm_gib == 95.74
     for name in ("v5p", "v9:2x2", "v5e:0x2", "v5e:2x2x2x2", "v5e:axb"):
         with pytest.raises(ValueError, match=r"is no KIND:SHAPE such as v5p:4x4x4"):
             topology(name)
