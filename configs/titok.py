@@ -69,8 +69,11 @@ def get_config(size: str = "l-32") -> ConfigDict:
     # Published losses compare RGB in [0, 1]: a quarter of the same squares in [−1, 1].
     cfg.loss.update(pixel_weight=0.25, semantic_weight=0.0, entropy_weight=0.0, auxiliary_end=0)
     cfg.loss.update(feature_weight=0.0, direct=False)
-    cfg.groups.tokenizer.update(warmup_steps=10_000, b2=0.999, clip=1.0, ema=0.999, decayed=DECAYED)
+    cfg.groups.tokenizer.update(warmup_steps=10_000, warmup_start=0.0, b2=0.999, clip=1.0, decayed=DECAYED)
+    cfg.groups.tokenizer.update(ema=0.999, ema_warmup=True)
     cfg.groups.discriminator.update(b2=0.999, clip=1.0, decayed=DECAYED)
+    cfg.discriminator.update(name="blur", base_channels=128)
+    cfg.loss.update(discriminator_weight=1.0, lecam="of_means", lecam_weight=0.001)
     if name in SINGLE_STAGE:
         _single_stage(cfg, kl=name.endswith("-kl"))
     elif name == size:
@@ -85,22 +88,23 @@ def _single_stage(cfg: ConfigDict, kl: bool) -> None:
     cfg.tokenizer.update(legacy=False, head="pixels", normalized=False, codebook_size=8192, code_dim=64)
     if kl:
         cfg.tokenizer.update(bottleneck="kl", codebook_size=0, code_dim=16)
-    cfg.loss.update(adversarial_weight=0.1, discriminator_start=200_000, lecam_weight=0.001)
+    cfg.loss.update(perceptual_weight=1.0, convnext_weight=0.1)
+    cfg.loss.update(adversarial_weight=0.1, discriminator_start=200_000)
 
 
 def _first_stage(cfg: ConfigDict) -> None:
     """The proxy's ids alone."""
     cfg.tokenizer.head = "proxy"
     cfg.discriminator.name = "none"
-    cfg.loss.update(pixel_weight=0.0, perceptual_weight=0.0)
+    cfg.loss.update(pixel_weight=0.0, perceptual_weight=0.0, lecam_weight=0.0)
     cfg.groups.tokenizer.b2 = 0.99
 
 
 def _second_stage(cfg: ConfigDict) -> None:
     """Decoder fine-tuning: what makes ids stays as it is."""
     cfg.num_steps = 500_000
-    cfg.loss.update(perceptual_weight=0.0, codebook_weight=0.0, commitment_weight=0.0)
-    cfg.loss.update(adversarial_weight=0.01, discriminator_start=20_000, lecam_weight=0.001)
+    cfg.loss.update(perceptual_weight=0.0, convnext_weight=0.1, codebook_weight=0.0, commitment_weight=0.0)
+    cfg.loss.update(adversarial_weight=0.01, discriminator_start=20_000)
     cfg.groups.tokenizer.update(warmup_steps=5000, trainable="decoder/.*")
 
 

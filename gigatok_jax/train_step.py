@@ -170,7 +170,7 @@ def _apply(
         old = train.opt[name], optim.where(finite, edited[name], train.params[name]), train.step
         params[name], opt[name] = optim.update_where(finite, groups[name], gradients[name], norms[name], *old)
         if name in ema:
-            average = optim.average(groups[name], train.ema[name], params[name])
+            average = optim.average(groups[name], train.ema[name], params[name], train.step)
             ema[name] = optim.where(finite, average, train.ema[name])
     skipped = jnp.logical_not(finite).astype(jnp.int32)
     new = TrainState(

@@ -48,7 +48,8 @@ def proxy(tmp_path_factory):
     section, folder = config.to_json(section), tmp_path_factory.mktemp("proxy")
     model = sections.build_model("tokenizer", section)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(5), np.zeros((1, 8, 8, 3)))["params"])
-    params["bottleneck"]["codebook"] = 32 * params["bottleneck"]["codebook"]  # as far apart as latents are: else all cells have one id
+    # As far apart as latents are: else all cells have one id.
+    params["bottleneck"]["codebook"] = 32 * params["bottleneck"]["codebook"]
     bundle.save(folder, "tokenizer", section, keymap.flatten(params).__getitem__)
     return str(folder)
 

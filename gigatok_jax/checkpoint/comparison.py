@@ -18,6 +18,11 @@ RUN_ONLY_KEYS = (
 ADDED = {
     **{"discriminator.pooling": "blur", "loss.lecam": "per_logit", "loss.convnext_weight": 0.0},
     **{"loss.kl_weight": 1e-6, "loss.proxy_weight": 1.0, "start.bundle": "", "tokenizer.bottleneck": "vq"},
+    **{
+        f"groups.{group}.{name}": value
+        for group in ("tokenizer", "discriminator", "generator")
+        for name, value in (("warmup_start", 0.01), ("ema_warmup", False))
+    },
 }
 
 SHOWN = 5  # mismatching leaves named in an error; the rest are counted

@@ -40,7 +40,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
                      "num_classes", "unroll")), (1, INF)),
     **dict.fromkeys(("generator.class_dropout", "generator.dropout", "loss.label_smoothing"), (0, 1)),
     **dict.fromkeys(("generator.hidden", "loss.unmasked_weight"), (0, INF)),
-    **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
+    **dict.fromkeys((f"groups.*.{name}" for name in ("b1", "b2", "ema", "warmup_start")), (0, 1)),
+    "decay_fraction": (0, 1),
 }  # fmt: skip
 SEMANTIC_TEACHERS = (
     *(f"dinov2-{size}{kind}" for kind in ("", "-reg") for size in "sblg"),

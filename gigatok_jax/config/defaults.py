@@ -16,12 +16,14 @@ def _group() -> ConfigDict:
             learning_rate=1e-4,
             end_learning_rate=1e-5,
             warmup_steps=0,
+            warmup_start=0.01,  # share of the learning rate that the warm-up begins with
             b1=0.9,
             b2=0.95,
             eps=1e-8,
             weight_decay=1e-4,
             clip=10.0,
             ema=0.0,  # decay per update; 0 keeps no average
+            ema_warmup=False,  # the decay rises from 0 to this, as (1 + step) / (10 + step)
             trainable=".*",  # full-match pattern over parameter paths; the rest gets no gradient and no moments
             decayed=".*",  # full-match pattern of those that weight decay pulls
         )
@@ -146,8 +148,9 @@ def masked(size: str = "l-32") -> ConfigDict:
         unmasked_weight=0.1,  # of an id that the network sees, beside 1 of a masked one
     )
     cfg.groups.generator.update(
-        learning_rate=2e-4, warmup_steps=10_000, b2=0.96, weight_decay=0.03, clip=1.0, ema=0.999
+        learning_rate=2e-4, warmup_steps=10_000, warmup_start=0.0, b2=0.96, weight_decay=0.03, clip=1.0, ema=0.999
     )
+    cfg.groups.generator.ema_warmup = True
     cfg.groups.generator.decayed = r".*kernel"  # no norm, bias or table
     return cfg
 
