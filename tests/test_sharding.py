@@ -26,20 +26,23 @@ from tests.steps import (
 )
 from tests.tiny import tiny_run
 
+# A row a device, and several.
+BATCHES = (8, 24)
 
-@pytest.fixture(scope="module")
-def one_device():
-    return full_step(ONE, *tiny_objective(**QUIET))[0]
+
+@pytest.fixture(scope="module", params=BATCHES)
+def one_device(request):
+    changes = QUIET | {"global_batch": request.param}
+    return changes, full_step(ONE, *tiny_objective(**changes))[0]
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_take_the_step_of_one(one_device, name):
     """Loss, gradients, parameters after SGD, averages, running statistics and metrics; the batch is really split."""
-    cfg, objective = tiny_objective(**QUIET)
-    (loss, grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
-    want_loss, want, want_state, want_metrics = one_device
+    changes, (want, want_state, want_metrics) = one_device
+    cfg, objective = tiny_objective(**changes)
+    (grads, state, metrics), text = full_step(MESHES[name], cfg, objective)
     assert set(want) == {"tokenizer", "discriminator"}
-    assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
     assert_same_leaves(grads, want, rtol=1e-5)
     assert_same_leaves((state.params, state.ema), (want_state.params, want_state.ema), rtol=1e-5)
     assert_same_leaves(state.state["discriminator"], want_state.state["discriminator"], rtol=1e-5)
@@ -50,7 +53,7 @@ def test_eight_devices_take_the_step_of_one(one_device, name):
     size = cfg.tokenizer.image_size
     shards = MESHES[name][0]["data"] * MESHES[name][0]["fsdp"]
     assert f"u8[{cfg.global_batch // shards},{size},{size},3]" in text
-    assert not full_batch_arrays(text)
+    assert cfg.global_batch == 8 or not full_batch_arrays(text)  # 8 is a width, too
 
 
 def compiled_text(name):
@@ -118,7 +121,7 @@ def test_weights_are_gathered_before_they_are_used():
 
 def test_per_device_entropy_would_be_seen(monkeypatch):
     """The comparison above fails when entropy statistics are each device's own."""
-    (want_loss, want, *_), _ = full_step(ONE, *tiny_objective(global_batch=24))
+    (want, _, want_metrics), _ = full_step(ONE, *tiny_objective(global_batch=24))
     real = vq.entropy_loss
 
     def per_device(z_NZ, codebook_VZ, **kwargs):
@@ -127,8 +130,8 @@ def test_per_device_entropy_would_be_seen(monkeypatch):
 
     monkeypatch.setattr(vq, "entropy_loss", per_device)
     cfg, objective = tiny_objective(global_batch=24)
-    (loss, grads, *_), _ = full_step(MESHES["data"], cfg, objective)
-    assert abs(loss - want_loss) > 1e-2
+    (grads, _, metrics), _ = full_step(MESHES["data"], cfg, objective)
+    assert abs(metrics["loss/total"] - want_metrics["loss/total"]) > 1e-2
     with pytest.raises(AssertionError):
         assert_same_leaves(grads, want, rtol=1e-2)
 
