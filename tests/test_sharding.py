@@ -9,9 +9,11 @@ import pytest
 from jax.experimental import topologies
 from jax.extend import core
 
-from gigatok_jax import config, sharding, train_state, train_step
+from gigatok_jax import config, evals, sharding, train_state, train_step
 from gigatok_jax.bottlenecks import vq
+from gigatok_jax.hub import bundle
 from gigatok_jax.planning.topology import ALONE
+from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from tests.steps import (
     MESHES,
     ONE,
@@ -117,6 +119,37 @@ def test_weights_are_gathered_before_they_are_used():
         used = leaf.shape[1:] if sharding.STACKED in name else leaf.shape  # layers: one at a time, never all together
         assert used in pinned, name
         assert sharding.STACKED not in name or leaf.shape not in pinned, name
+
+
+def used_by(what, mesh):
+    """A program of the tokenizer beside its train step, and what it takes: parameters in parts, and images or ids."""
+    cfg, objective = tiny_objective(data__eval_source="photographs")
+    state = train_state.init(objective, sgd_groups(cfg), 0, mesh, "fsdp")
+    images = np.zeros((8, 8, 8, 3), np.float32)
+    if what == "evaluate":
+        return evals.build(cfg, objective, mesh, None, {})._reconstruct, state.params, images
+    params = jax.device_get(state.params["tokenizer"])
+    section = cfg.tokenizer.to_dict()
+    pipeline = TokenizerPipeline(bundle.Bundle("tokenizer", section, params, (), None, {}, ""), mesh=mesh)
+    if what == "tokenize":
+        return pipeline._encode, pipeline.params, images
+    return pipeline._decode_float, pipeline.params, np.zeros((8, cfg.tokenizer.num_latent_tokens), np.int32)
+
+
+@pytest.mark.parametrize("what", ["evaluate", "tokenize", "detokenize"])
+def test_weights_are_gathered_outside_training_too(what):
+    """A convolution whose kernel lies in parts, split by its input, was wrong where heights are split."""
+    program, params, rows = used_by(what, sharding.make_mesh(MESHES["mixed"][0]))
+    pinned = constrained_shapes(jax.make_jaxpr(program)(params, rows).jaxpr, set())
+    side = "decoder" if what == "detokenize" else "encoder"
+    kernels = {
+        sharding.path_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if f"{side}/cnn" in sharding.path_name(path) and not leaf.sharding.is_fully_replicated
+    }
+    assert len(kernels) > 5
+    for name, shape in kernels.items():
+        assert shape in pinned, name
 
 
 def test_per_device_entropy_would_be_seen(monkeypatch):
