@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gigatok_jax import objectives, optim, run, sharding, train_state, train_step
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax import objectives, optim, run, sharding, train_state
 from gigatok_jax.preemption import StopSignal
 from gigatok_jax.train_step import make_train_step
 from tests.tiny import tiny_run
@@ -28,8 +27,10 @@ def tiny_objective(**changes):
 
 
 def sgd_groups(cfg, rate=0.1):
+    """Plain gradient descent, whose state is the gradients just taken."""
+    keeping = optax.trace(decay=0.0)
     return {
-        name: optim.Group(optax.identity(), lambda step: jnp.float32(rate), clip=0.0, ema=group.ema, trainable=".*")
+        name: optim.Group(keeping, lambda step: jnp.float32(rate), clip=0.0, ema=group.ema, trainable=".*")
         for name, group in cfg.groups.items()
     }
 
@@ -58,7 +59,7 @@ def build(cfg, objective, groups, layout, step=1):
         objective.phase(step),
         seed=0,
         accumulate=cfg.accumulate,
-        placement=sharding.placement(mesh),
+        placement=sharding.placement(mesh, preset),
     )
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(fn, out_shardings=(placed, sharding.replicated(mesh)))
@@ -66,25 +67,11 @@ def build(cfg, objective, groups, layout, step=1):
 
 
 def full_step(layout, cfg, objective, networks=None):
-    """One adversarial step with SGD on a mesh: ((loss, gradients, new state, metrics) on the host, its program)."""
-    sizes, preset = layout
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    groups = sgd_groups(cfg)
-    state = train_state.init(objective, groups, cfg.seed, mesh, preset)
-    phase = objective.phase(1)
-    loss_fn, active = objective.loss(phase), objective.active(phase)
-
-    def step(train, networks, batch):
-        def total(params):
-            return loss_fn(params, train.state, networks, batch, jax.random.key(0), train.step)
-
-        with placing(sharding.placement(mesh)):
-            (loss, (new, metrics)), grads = jax.value_and_grad(total, has_aux=True)(train.params)
-        return loss, grads, *train_step._apply(train, groups, active, loss, new, metrics, grads)
-
-    batch = sharding.place_batch(fake_batch(cfg), mesh, cfg.global_batch)
-    compiled = jax.jit(step).lower(state, networks or {}, batch).compile()
-    return jax.device_get(compiled(state, networks or {}, batch)), compiled.as_text()
+    """A run's adversarial step with SGD on a mesh: ((gradients, new state, metrics) on the host, its program)."""
+    step, state, batch = build(cfg, objective, sgd_groups(cfg), layout)
+    compiled = step.lower(state, networks or {}, batch).compile()
+    state, metrics = jax.device_get(compiled(state, networks or {}, batch))
+    return ({name: kept.inner_state.trace for name, kept in state.opt.items()}, state, metrics), compiled.as_text()
 
 
 def train(cfg, workdir, until=None):
