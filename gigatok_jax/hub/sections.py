@@ -31,6 +31,8 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
 }
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+# Fields that families have got since bundles were written, and the value that these were made with.
+ADDED: dict[str, dict[str, Any]] = {"gigatok": {"bottleneck": "vq"}}
 MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
 JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 
@@ -75,6 +77,12 @@ def _shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeSt
     options = {"train": False} if kind == "discriminator" else {}
     shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x, **options), *inputs)
     return dict(sorted(keymap.flatten(shapes if kind == "discriminator" else shapes["params"]).items()))
+
+
+def completed(section: Any) -> Any:
+    """A section, maybe of a version before this one, with the fields that its family has got since."""
+    family = section.get("family") if isinstance(section, dict) else None
+    return {**ADDED.get(family, {}), **section} if isinstance(family, str) else section
 
 
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
