@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -91,7 +92,7 @@ def whole(root, tmp_path_factory):
 class Telling(ARObjective):
     """Says which ids it is trained on."""
 
-    told: list = []  # noqa: RUF012 (one test reads it)
+    told: ClassVar[list] = []  # one test reads it
 
     def scores(self, params, ids_BK, class_B, rngs=None):
         jax.debug.callback(lambda ids: self.told.append(np.asarray(ids)), ids_BK)
@@ -136,7 +137,7 @@ def test_the_step_is_trained_on_the_pipelines_ids_of_the_same_crops(root):
         return want[-1]
 
     Telling.told.clear()
-    telling = {"objective_of": lambda objective: Telling(*objective)}
+    telling = {"objective_of": lambda objective: Telling(**vars(objective))}
     opt, losses = steps(cfg, ONE, 3, **telling)
     jax.effects_barrier()
     told = list(Telling.told)

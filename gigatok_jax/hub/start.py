@@ -36,6 +36,8 @@ def from_bundle(cfg: Mapping[str, Any], state: TrainState, mesh: Mesh) -> TrainS
 
 def _check(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     differing = [field for field in ours if field not in FREE and theirs.get(field) != ours[field]]
+    if "family" in differing:  # all other fields would only say so again
+        differing = ["family"]
     if differing:
         told = ", ".join(f"{field}={theirs.get(field)!r} (here {ours[field]!r})" for field in differing[:SHOWN])
         raise ValueError(f"config.start.bundle={name!r} is of another model: it has {told}")

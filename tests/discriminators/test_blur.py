@@ -115,10 +115,12 @@ def test_a_step_on_a_mesh_is_that_of_one_device():
     cfg = tiny_run(discriminator__name="blur", discriminator__base_channels=32, **changes)
     objective = objectives.build(cfg)
     assert objective.discriminator == BlurDiscriminator(32, 1)
-    (want_loss, want, want_state, _), _ = full_step(ONE, cfg, objective)
-    (loss, grads, state, metrics), _ = full_step(MESHES["mixed"], cfg, objective)
-    assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss)) and metrics["loss/lecam"] > 0
-    assert_same_leaves(grads, want, rtol=1e-5)
+    (want, want_state, want_metrics), _ = full_step(ONE, cfg, objective)
+    (grads, state, metrics), _ = full_step(MESHES["mixed"], cfg, objective)
+    np.testing.assert_allclose(metrics["loss/total"], want_metrics["loss/total"], rtol=1e-6)
+    assert metrics["loss/lecam"] > 0
+    # At the start the hinge terms of its last layer cancel, and what is left is rounded: also data-parallel, by 7e-5.
+    assert_same_leaves(grads, want, rtol=1e-4)
     assert_same_leaves(state.state["lecam"], want_state.state["lecam"], rtol=1e-5)
 
 

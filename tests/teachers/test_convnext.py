@@ -65,7 +65,8 @@ def test_distance_is_of_logits_and_pulls_the_image_only(narrow):
     a, b = images(0, 32), images(1, 32)
     distance = jax.jit(jax.value_and_grad(logits("convnext-s"), (1, 2)))
     value, (to_image, to_target) = distance(params, a, b)
-    assert distance(params, a, a)[0] == 0 and np.all(to_target == 0) and np.abs(to_image).max() > 0
+    assert distance(params, a, a)[0] < 1e-9 * value  # but for rounding 0
+    assert np.all(to_target == 0) and np.abs(to_image).max() > 0
     given = jax.jit(teachers.logits("convnext-s"))
     assert given(params, a).shape == (2, 10)
     assert_close_tree(value, np.mean((given(params, a) - given(params, b)) ** 2), 1e-5)
@@ -120,8 +121,8 @@ def test_eight_devices_take_the_step_of_one(narrow):
         assert_planned(frozen.abstract(cfg, mesh), weights)
         results.append(full_step(layout, cfg, objective, weights)[0])
     assert not weights["logits"]["cnn"]["stage_2"]["layers"]["in"]["kernel"].sharding.is_fully_replicated
-    (want_loss, want, _, want_metrics), (loss, grads, _, metrics) = results
-    assert abs(loss - want_loss) <= 1e-6 * max(1, abs(want_loss))
+    (want, _, want_metrics), (grads, _, metrics) = results
+    np.testing.assert_allclose(metrics["loss/total"], want_metrics["loss/total"], rtol=1e-6)
     np.testing.assert_allclose(metrics["loss/convnext"], want_metrics["loss/convnext"], rtol=1e-5)
     assert_same_leaves(grads, want, rtol=1e-4)
 
