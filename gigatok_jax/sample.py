@@ -65,7 +65,8 @@ def labels_of(text: str, count: int, num_classes: int, seed: int) -> np.ndarray:
 
 
 def check_pair(generator: LabelPipeline, tokenizer: TokenizerPipeline) -> None:
-    """Raises ValueError where the generator was trained on another tokenizer's ids."""
+    """Raises ValueError where the generator was trained on another tokenizer's ids, or this one makes no images."""
+    tokenizer.bundle.check_images()
     bundle.check_pair(generator.bundle, tokenizer.bundle.hash)
 
 

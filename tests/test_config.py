@@ -159,3 +159,61 @@ def test_masked_sizes_and_values_that_cannot_work():
         cfg[section][field] = value
         with pytest.raises(ValueError, match=field):
             config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "words"),
+    [
+        (
+            {"bottleneck": "kl", "codebook_size": 0},
+            {"loss.entropy_weight": 0.1},
+            "KL.*set --config.loss.entropy_weight=0",
+        ),
+        ({"bottleneck": "kl", "codebook_size": 0, "clustering": True}, {}, "set --config.tokenizer.clustering=False"),
+        ({}, {"loss.auxiliary_end": 9}, "auxiliary_end=9, but titok has no convolutional map: set .*auxiliary_end=0"),
+        (
+            {"head": "proxy"},
+            {"discriminator.name": "blur"},
+            "gives logits of ids.*set --config.discriminator.name=none",
+        ),
+        ({"head": "proxy"}, {"loss.perceptual_weight": 1.0}, "set --config.loss.perceptual_weight=0"),
+        ({"head": "proxy"}, {"loss.convnext_weight": 0.1}, "set --config.loss.convnext_weight=0"),
+    ],
+)
+def test_what_a_tokenizer_has_not_is_refused(form, changes, words):
+    cfg = tiny_run(tokenizer=config.small_titok_tokenizer(), loss__entropy_weight=0.0, loss__auxiliary_end=0)
+    cfg.discriminator.name = "none"
+    cfg.tokenizer.update(form)
+    for field, value in changes.items():
+        section, name = field.split(".")
+        cfg[section][name] = value
+    cfg.loss.direct = "auxiliary" in words
+    with pytest.raises(ValueError, match=words):
+        config.validate(cfg, 8)
+    for field in changes:
+        section, name = field.split(".")
+        cfg[section][name] = "none" if name == "name" else 0
+    cfg.tokenizer.clustering = False
+    config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize("section", [config.llamagen_tokenizer, config.maskgit_vqgan_tokenizer])
+def test_a_tokenizer_without_a_distillation_head_has_no_semantic_loss(section):
+    with pytest.raises(ValueError, match=r"has no distillation head: set --config\.loss\.semantic_weight=0"):
+        config.validate(tiny_run(tokenizer=section(), loss__semantic_weight=0.5), 8)
+
+
+@pytest.mark.parametrize("name", ["gigatok", "titok", "llamagen", "maskgit_vqgan"])
+def test_every_tokenizers_config_is_valid(name):
+    module = config_module(name)
+    for size in [
+        *getattr(module, "SIZES", {}),
+        *getattr(module, "TWO_STAGES", {}),
+        *getattr(module, "SINGLE_STAGE", {}),
+    ]:
+        config.validate(module.get_config(size))
+    if name == "titok":
+        for size in ("cpu-tiny", "cpu-tiny-kl", "l-32-stage1", "cpu-tiny-stage1", "cpu-tiny-stage2"):
+            config.validate(module.get_config(size))
+    else:
+        config.validate(module.get_config())

@@ -35,7 +35,7 @@ def titok_run(form=(), **changes):
     section.update({**SIZES, **dict(form)})
     cfg.tokenizer = section
     if section.bottleneck == "kl":
-        cfg.loss.kl_weight = 1e-2
+        cfg.loss.update(kl_weight=1e-2, entropy_weight=0.0)
     return cfg
 
 
@@ -145,7 +145,8 @@ def test_trains_and_is_scored(form, tmp_path):
 
 
 def test_gigatok_takes_a_kl_bottleneck(tmp_path):
-    cfg = tiny_run(num_steps=3, tokenizer__bottleneck="kl", tokenizer__codebook_size=0, loss__kl_weight=1e-3)
+    cfg = tiny_run(num_steps=3, tokenizer__bottleneck="kl", tokenizer__codebook_size=0, loss__entropy_weight=0.0)
+    cfg.loss.kl_weight = 1e-3
     one, state = steps_of(tmp_path, cfg)
     assert state.state["lecam"] is not None and "last_used" not in state.state
     assert one.objective.shown[-1] == "loss/kl"

@@ -148,7 +148,7 @@ class VectorQuantizer(nn.Module):
         init = codebook_init if self.normalized else uniform_init
         size, dim = self.codebook_size, self.code_dim
         self.codebook = self.param("codebook", init, (size, dim))
-        if self.clustering:
+        if self.clustering and self.is_mutable_collection("statistics"):  # elsewhere there may be none
             self.usage = self.variable("statistics", "usage", jnp.zeros, (size,), jnp.float32)
             self.keep = self.variable("edits", "keep", jnp.ones, (size,), jnp.float32)
             self.add = self.variable("edits", "add", jnp.zeros, (size, dim), jnp.float32)
@@ -166,7 +166,7 @@ class VectorQuantizer(nn.Module):
             losses["codebook"] = jnp.mean((q_NZ - jax.lax.stop_gradient(z_NZ)) ** 2)
             losses["commitment"] = jnp.mean((jax.lax.stop_gradient(q_NZ) - z_NZ) ** 2)
             losses["entropy"] = entropy_loss(z_NZ, codebook_VZ, temperature=self.temperature, chunk_size=chunk)
-            if self.clustering:
+            if self.clustering and self.is_mutable_collection("statistics"):
                 self._pull(
                     jax.lax.stop_gradient((pre_BKZ.astype(jnp.float32).reshape(B * K, Z), z_NZ, codebook_VZ)), ids_N
                 )
@@ -193,13 +193,13 @@ class VectorQuantizer(nn.Module):
         return self._scaled(jnp.matmul(weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)))
 
     def _pull(self, latents: tuple[jax.Array, jax.Array, jax.Array], ids_N: jax.Array) -> None:
-        """Counts the entries' use and edits the codebook, where these collections are mutable."""
+        """Counts the entries' use and edits the codebook."""
         pre_NZ, z_NZ, codebook_VZ = latents
         counts_V = jnp.zeros((self.codebook_size,), jnp.float32).at[ids_N].add(1.0)
         usage_V = USAGE_DECAY * self.usage.value + (1 - USAGE_DECAY) * counts_V / ids_N.size
         nearest_V = nearest(codebook_VZ, z_NZ, min(self.chunk_size, z_NZ.shape[0]))
         share_V = jnp.exp(-10 * self.codebook_size * usage_V / (1 - USAGE_DECAY) - 1e-3)
-        if self.is_mutable_collection("statistics") and not self.is_initializing():
+        if not self.is_initializing():
             self.usage.value = usage_V
             self.keep.value = self.keep.value * (1 - share_V)
             self.add.value = self.add.value * (1 - share_V)[:, None] + share_V[:, None] * pre_NZ[nearest_V]

@@ -103,6 +103,8 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         check_mesh(cfg, num_devices)
     if "generator" in cfg:
         _check_ids(cfg)
+    elif "tokenizer" in cfg and "loss" in cfg:
+        _check_losses(cfg)
 
 
 def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
@@ -126,6 +128,33 @@ def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
         for value in _values(cfg, field):
             if value not in allowed:
                 raise ValueError(f"{where}{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_losses(cfg: ConfigDict) -> None:
+    """Refuses losses of what a tokenizer has not."""
+    tokenizer, loss, family = cfg.tokenizer, cfg.loss, cfg.tokenizer.family
+    kl, proxy = tokenizer.get("bottleneck") == "kl", tokenizer.get("head") == "proxy"
+    auxiliary = loss.auxiliary_end > 1 and (loss.direct or loss.feature_weight > 0)
+    adversarial = cfg.discriminator.name != "none" and loss.discriminator_start <= cfg.num_steps
+    wrong = {  # what may be asked for in vain, why, and the mend
+        "loss.entropy_weight": (kl and loss.entropy_weight, "a KL bottleneck has no codebook", 0.0),
+        "tokenizer.clustering": (kl and tokenizer.get("clustering"), "a KL bottleneck has no codebook", False),
+        "loss.semantic_weight": (
+            loss.semantic_weight and "distill_layer" not in tokenizer,
+            f"the family {family} has no distillation head",
+            0.0,
+        ),
+        "loss.auxiliary_end": (auxiliary and "conv_base" not in tokenizer, f"{family} has no convolutional map", 0),
+        **{
+            f"loss.{name}": (proxy and loss[name], "tokenizer.head=proxy gives logits of ids, not images", 0.0)
+            for name in ("perceptual_weight", "convnext_weight")
+        },
+        "discriminator.name": (proxy and adversarial, "tokenizer.head=proxy gives logits of ids, not images", "none"),
+    }
+    for field, (asked, why, mend) in wrong.items():
+        if asked:
+            section, name = field.split(".")
+            raise ValueError(f"config.{field}={cfg[section][name]!r}, but {why}: set --config.{field}={mend}")
 
 
 def _check_ids(cfg: ConfigDict) -> None:

@@ -24,7 +24,8 @@ def resolved(cfg: ConfigDict) -> ConfigDict:
     """
     if not objectives.has_first_stage(cfg):
         return cfg
-    _, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
+    folder, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
+    bundle.check_ids(content["section"], folder)
     cfg = cfg.copy_and_resolve_references().unlock()
     # Fused kernels have no float32.
     cfg.first_stage.update(content["section"], attention="xla")

@@ -44,12 +44,12 @@ class GeneratorObjective:
             made = source.tokenizer
         else:
             made = {"codebook_size": stage.bottleneck.codebook_size, "num_latent_tokens": stage.num_latent_tokens}
-        for field in ("codebook_size", "num_latent_tokens"):
-            if getattr(model, field) != (value := made[field]):
-                raise ValueError(
-                    f"config.generator.{field}={getattr(model, field)}, but the ids' tokenizer has {value}: set "
-                    f"--config.generator.{field}={value}"
-                )
+        wrong = [field for field in ("codebook_size", "num_latent_tokens") if getattr(model, field) != made[field]]
+        if wrong:
+            ours = ", ".join(f"config.generator.{field}={getattr(model, field)}" for field in wrong)
+            theirs = " and ".join(str(made[field]) for field in wrong)
+            mend = " ".join(f"--config.generator.{field}={made[field]}" for field in wrong)
+            raise ValueError(f"{ours}, but the ids' tokenizer has {theirs}: set {mend}")
         if len(source.class_names) > model.num_classes:
             count = len(source.class_names)
             raise ValueError(

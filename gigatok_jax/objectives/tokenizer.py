@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
@@ -124,15 +125,13 @@ class TokenizerObjective(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """What a report says about the model."""
-        tokenizer = self.tokenizer
-        facts = {"image_size": tokenizer.image_size, "num_latent_tokens": tokenizer.num_latent_tokens}
-        return {**facts, "codebook_size": self.codebook_size}
+        sizes = {name: getattr(self.tokenizer, name) for name in ("image_size", "num_latent_tokens")}
+        return {**sizes, "codebook_size": self.codebook_size}
 
     def usage_window(self, global_batch: int) -> int | None:
         """Steps over which codebook usage is counted; None where there is no codebook."""
-        if not self.codebook_size:
-            return None
-        return -(-self.weights.usage_window // (global_batch * self.tokenizer.num_latent_tokens))
+        latent_tokens = global_batch * self.tokenizer.num_latent_tokens
+        return -(-self.weights.usage_window // latent_tokens) if self.codebook_size else None
 
     def reconstruct(
         self, params: Mapping[str, Any], frozen: Mapping[str, Any], image_BHWC: jax.Array
@@ -286,9 +285,14 @@ class TokenizerObjective(NamedTuple):
 
 def image_ids(tokenizer: Tokenizer, params: Any, image_BHWC: jax.Array) -> jax.Array:
     """Images, uint8 or float in [−1, 1], → (B, K) int32 ids; reads no parameters of the decoder."""
+    return image_codes(tokenizer, params, image_BHWC).ids_BK
+
+
+def image_codes(tokenizer: Tokenizer, params: Any, image_BHWC: jax.Array) -> Codes:
+    """Images, uint8 or float in [−1, 1], → codes; reads no parameters of the decoder."""
     # As published. Left to themselves, TPUs would multiply float32 in bfloat16, and ids would flip.
     with jax.default_matmul_precision("tensorfloat32"):
-        return tokenizer.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0].ids_BK
+        return tokenizer.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0]
 
 
 def to_unit_range(image: jax.Array) -> jax.Array:
