@@ -142,11 +142,3 @@ def test_trains_and_is_scored(form, tmp_path):
     one, _ = steps_of(tmp_path, cfg)
     assert ("loss/kl" if form == "kl" else "codebook/usage") in one.objective.shown
     assert (tmp_path / "grids" / "step_00000003.png").exists()
-
-
-def test_gigatok_takes_a_kl_bottleneck(tmp_path):
-    cfg = tiny_run(num_steps=3, tokenizer__bottleneck="kl", tokenizer__codebook_size=0, loss__entropy_weight=0.0)
-    cfg.loss.kl_weight = 1e-3
-    one, state = steps_of(tmp_path, cfg)
-    assert state.state["lecam"] is not None and "last_used" not in state.state
-    assert one.objective.shown[-1] == "loss/kl"
