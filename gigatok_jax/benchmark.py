@@ -28,7 +28,7 @@ from gigatok_jax.benchmarks.training import train_call
 from gigatok_jax.blueprint import Blueprint, build
 from gigatok_jax.sampling.precision import DTYPES
 
-WHAT = {"tokenizer": ("train", "encode", "decode"), "ar": ("train", "sample")}
+WHAT = {"tokenizer": ("train", "encode", "decode"), "ar": ("train", "sample"), "masked": ("train", "sample")}
 
 
 def benchmark(

@@ -94,6 +94,7 @@ def run() -> dict[str, Any]:
     """What the flags ask for; returns the summary that `main` prints."""
     mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
     loaded = bundle.load(FLAGS.bundle, "tokenizer", bundle.FIRST_STAGE)
+    loaded.check_ids()
     tokenizer = TokenizerPipeline(loaded, dtype=FLAGS.dtype, mesh=mesh)
     size = tokenizer.model.image_size
     source = data.make_source(FLAGS.source, root=FLAGS.root or None, split=FLAGS.split)

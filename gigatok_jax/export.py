@@ -2,8 +2,10 @@
 
     python -m gigatok_jax.export --checkpoint=runs/quickstart --bundle=bundles/tokenizer --stablehlo
 
---stablehlo adds the programs that run without this package (see `gigatok_jax.hub.stablehlo`). Works on one host without
-an accelerator, for the largest size too: one tensor at a time is in memory. The last line printed is one JSON object.
+--stablehlo adds the programs that run without this package (see `gigatok_jax.hub.stablehlo`). --proxy=BUNDLE joins a
+first-stage TiTok with its proxy tokenizer, by whose decoder it makes images. Works on one host without an accelerator,
+for the largest size too: one tensor at a time is in memory (all of them with --proxy). The last line printed is one
+JSON object.
 """
 
 import json
@@ -17,7 +19,7 @@ from absl import app, flags, logging
 import gigatok_jax
 from gigatok_jax import program
 from gigatok_jax.checkpoint import Checkpointer
-from gigatok_jax.hub import bundle, stablehlo
+from gigatok_jax.hub import bundle, join, stablehlo
 from gigatok_jax.metrics import tensor_progress
 
 WEIGHTS = ("auto", "ema", "raw")
@@ -71,11 +73,22 @@ def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str
         )
 
 
+def joined(folder: Path, proxy: str) -> dict[str, Any]:
+    """Writes the bundle of a first-stage TiTok anew, joined with its proxy tokenizer; returns its `config.json`.
+
+    Raises:
+      ValueError: as `hub.join.with_pixel_decoder`.
+      FileNotFoundError, ImportError: as `hub.bundle.load`.
+    """
+    return join.with_pixel_decoder(bundle.load(folder), bundle.load(proxy, "tokenizer")).save(folder)
+
+
 def define_flags() -> None:
     """Called only where this module is the program."""
     flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.", required=True)
     flags.DEFINE_string("bundle", None, "Folder to write.", required=True)
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+    flags.DEFINE_string("proxy", "", "Of a first-stage TiTok: the bundle of the proxy tokenizer to join it with.")
     flags.DEFINE_bool("stablehlo", False, "Add the programs that run without this package.")
     flags.DEFINE_enum("weights", "auto", WEIGHTS, "Averaged or raw weights; auto: averaged where the run kept them.")
 
@@ -89,6 +102,8 @@ def main(argv: list[str]) -> None:
     try:
         folder = Path(options.bundle).expanduser()
         content = export(Path(options.checkpoint), folder, step=options.step, weights=options.weights)
+        if options.proxy:
+            content = joined(folder, options.proxy)
         programs = stablehlo.write(folder, content["kind"], content["section"]) if options.stablehlo else []
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

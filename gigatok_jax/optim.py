@@ -16,8 +16,10 @@ from gigatok_jax.sharding import path_name
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def schedule(kind: str, *, peak: float, end: float, warmup: int, num_steps: int, decay_fraction: float) -> Schedule:
-    """Learning rate of update `step` (counted from 0): warm-up from peak/100, then
+def schedule(
+    kind: str, *, peak: float, end: float, warmup: int, num_steps: int, decay_fraction: float, start: float = 0.01
+) -> Schedule:
+    """Learning rate of update `step` (counted from 0): warm-up from `start` · peak, then
 
     "cosine": half a cosine from peak to `end` at `num_steps` (the published `cosine_v2`); "constant"; "wsd": constant,
     then by 1 − sqrt to `end` over the last `decay_fraction` of the steps (published with an end of 0).
@@ -39,7 +41,7 @@ def schedule(kind: str, *, peak: float, end: float, warmup: int, num_steps: int,
         else:
             after = jnp.full_like(s, peak)
         ratio = s / max(warmup, 1)
-        return jnp.where(s < warmup, peak * (ratio + (1 - ratio) / 100), after)
+        return jnp.where(s < warmup, peak * (ratio + (1 - ratio) * start), after)
 
     return rate
 
@@ -67,6 +69,7 @@ class Group(NamedTuple):
     clip: float
     ema: float
     trainable: str
+    ema_warmup: bool = False
 
     def mask(self, params: Any) -> Any:
         """True for the leaves this group trains."""
@@ -104,8 +107,9 @@ def make_group(section: Mapping[str, Any], cfg: Mapping[str, Any]) -> Group:
         warmup=section["warmup_steps"],
         num_steps=cfg["num_steps"],
         decay_fraction=cfg["decay_fraction"],
+        start=section["warmup_start"],
     )
-    return Group(transform, rate, section["clip"], section["ema"], section["trainable"])
+    return Group(transform, rate, section["clip"], section["ema"], section["trainable"], section["ema_warmup"])
 
 
 def _masked(group: Group, params: Any) -> optax.GradientTransformation:
@@ -211,6 +215,19 @@ def _branches(tree: Any, names: Collection[tuple[str, ...]]) -> Any:
     return jax.tree.map(lambda node: cut(node) if is_dict(node) else node, tree, is_leaf=is_dict)
 
 
-def average(group: Group, ema: Any, params: Any) -> Any:
-    """The exponential moving average after an update."""
-    return jax.tree.map(lambda e, p: e + (1 - group.ema) * (p - e), ema, params)
+def average(group: Group, ema: Any, params: Any, step: jax.Array) -> Any:
+    """The exponential moving average after the update of `step` (counted from 0)."""
+    decay = ema_decay(group, step)
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+
+
+def ema_decay(group: Group, step: jax.Array) -> jax.Array | float:
+    """The average's decay at the update of `step`.
+
+    With `ema_warmup`, 0 at the first one, then (1 + step) / (10 + step) while that is less than `ema`: an average that
+    soon forgets the start (as TiTok's code has it, after diffusers').
+    """
+    if not group.ema_warmup:
+        return group.ema
+    s = jnp.asarray(step, jnp.float32)
+    return jnp.where(s > 0, jnp.minimum(group.ema, (1 + s) / (10 + s)), 0.0)

@@ -64,6 +64,11 @@ def check_generator(planned: Sequence[stages.Stage]) -> None:
     except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"the generator's config cannot be read: {program.told(error)}") from error
     config.validate(values.config)
+    if values.config.objective != "ar":
+        raise ValueError(
+            f"the page is about an AR generator, the generator's config has objective={values.config.objective!r}: run "
+            "the stages by themselves"
+        )
     if not values.config.data.eval_source:
         raise ValueError(
             "the generator's config has no data.eval_source, and the page shows its loss on held-out ids: set "

@@ -38,7 +38,8 @@ from gigatok_jax.metrics import Progress
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.probe import KINDS, ProbeObjective
 from gigatok_jax.preemption import StopSignal
-from gigatok_jax.sampling.pipelines import MAX_SEED, TokenizerPipeline
+from gigatok_jax.sampling.base import MAX_SEED
+from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from gigatok_jax.settings import keep
 
 FLAGS = flags.FLAGS
@@ -47,7 +48,7 @@ FLAGS = flags.FLAGS
 def linear(out: Path) -> dict[str, Any]:
     """Trains and scores the probe that the flags ask for; returns settings and scores."""
     tokenizer = bundle.load(FLAGS.tokenizer, "tokenizer")
-    generator = bundle.load(FLAGS.generator, "generator") if FLAGS.features == "generator" else None
+    generator = ar_bundle(FLAGS.generator) if FLAGS.features == "generator" else None
     if generator is not None:
         bundle.check_pair(generator, tokenizer.hash)
     elif FLAGS.generator_dropout:
@@ -92,10 +93,18 @@ def linear(out: Path) -> dict[str, Any]:
     return {"features": FLAGS.features, "layer": features.layer, "num_steps": recipe.num_steps, **scores}
 
 
+def ar_bundle(path: str) -> bundle.Bundle:
+    """The bundle of an AR generator; raises ValueError for one of another family, and as `bundle.load`."""
+    found = bundle.load(path, "generator")
+    if found.section["family"] != "ar":
+        raise ValueError(f"{path} is a bundle of a {found.section['family']} generator; probes are of AR generators")
+    return found
+
+
 def ar_val_loss(out: Path) -> dict[str, Any]:
     """The loss that the flags ask for; every process computes all of it."""
     mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
-    generator = bundle.load(FLAGS.generator, "generator")
+    generator = ar_bundle(FLAGS.generator)
     source, names = _held_out(), generator.class_names
     if names and tuple(source.class_names) != names:
         raise ValueError(

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gigatok_jax import sharding
+from gigatok_jax import objectives, sharding
 from gigatok_jax.blueprint import Blueprint
-from gigatok_jax.generators import ar as generators
 from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, to_unit_range
-from gigatok_jax.sampling import ar, guidance, precision
+from gigatok_jax.sampling import ar, guidance, masked, precision
 
 
 def inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
@@ -34,13 +33,34 @@ def inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable[
 
 
 def sampler(plan: Blueprint, images: int, scale: float, dtype: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """(`precision.held` parameters, classes) → ids of whole sequences, guided by a constant scale."""
-    model = generators.build(plan.cfg.generator, dtype=precision.arithmetic(dtype))
-    scales = guidance.scales("constant", scale, model.num_latent_tokens)
+    """(`held` parameters, classes) → ids of whole sequences, guided by a constant scale, of which 1 is none.
+
+    A masked generator takes its default number of steps.
+    """
+    model = objectives.build_generator(plan.cfg.generator, precision.arithmetic(dtype))
+    K = model.num_latent_tokens
+    of_family: Any = ar
+    if plan.cfg.objective == "masked":
+        of_family, scales = masked, masked.make_steps(K, schedule="constant", scale=scale - 1)
+    else:
+        scales = guidance.scales("constant", scale, K)
 
     def sample(params: Any, class_B: jax.Array) -> jax.Array:
         with placing(sharding.placement(plan.mesh)):
             keys_B = ar.image_keys(0, jnp.arange(images))
-            return ar.generate(model, params, class_B, keys_B, scales, ar.PLAIN, dtype)
+            options = {"dtype": dtype} if of_family is ar else {}
+            return of_family.generate(model, params, class_B, keys_B, scales, **options)
 
     return sample
+
+
+def held(plan: Blueprint, params: Any, dtype: str) -> Any:
+    """A generator's parameters as `sampler` takes them.
+
+    Raises:
+      ValueError: for a dtype that its family does not sample in.
+      ImportError: int8 without the package qwix.
+    """
+    if plan.cfg.objective == "masked":
+        return masked.held(params, dtype)
+    return precision.held(params, plan.objective.generator.stack.depth, dtype)

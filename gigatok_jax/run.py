@@ -17,7 +17,7 @@ from gigatok_jax import config, data, distributed, evals, identity, metrics, obj
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.report import write_report
-from gigatok_jax.hub import frozen
+from gigatok_jax.hub import frozen, start
 from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import broken_terms, check_phases, compile_step
 
@@ -81,7 +81,7 @@ class Run:
     def _first_state(self, allow_config_change: bool) -> train_state.TrainState:
         """The newest checkpoint, or a fresh start."""
         if self.checkpoints.latest_step() is None:
-            return train_state.init(*self._state_args)
+            return start.from_bundle(self.cfg, train_state.init(*self._state_args), self.mesh)
         same = {"config": self.resolved, "allow_config_change": allow_config_change}
         state, extra = self.checkpoints.restore(self.abstract, **same)
         if not allow_config_change:

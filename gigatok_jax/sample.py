@@ -8,6 +8,9 @@ evaluation reads them) and `sampling.json`. Image n depends on the seed, n and i
 with the same command it goes on with the images that are missing. Several processes share out the batches. The last
 line printed is one JSON object.
 
+A masked generator takes --num_steps, --power, --anneal and --mask_schedule, and its own kinds of guidance; as TiTok's
+L-32 was evaluated by default (see `gigatok_jax.sampling.masked.PUBLISHED` for the others).
+
 --dtype=bfloat16 and int8 (of the weights; needs the package qwix) read less memory per id, and draw other ids where two
 are about as good; --agreement=N says how often, over N of the images (see `gigatok_jax.sampling.agreement`).
 """
@@ -27,11 +30,14 @@ from PIL import Image
 
 from gigatok_jax import distributed, process_flags, program, sharding
 from gigatok_jax.evals.grid import picture_grid
+from gigatok_jax.generators.masked import MASK_SCHEDULES
 from gigatok_jax.hub import bundle
 from gigatok_jax.metrics import Progress
+from gigatok_jax.sampling import guidance, masked
 from gigatok_jax.sampling.agreement import agreement
-from gigatok_jax.sampling.guidance import SCHEDULES
-from gigatok_jax.sampling.pipelines import MAX_SEED, GeneratorPipeline, TokenizerPipeline
+from gigatok_jax.sampling.base import MAX_SEED, LabelPipeline
+from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
+from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline, generator_pipeline
 from gigatok_jax.sampling.precision import DTYPES
 from gigatok_jax.settings import keep
 
@@ -58,13 +64,14 @@ def labels_of(text: str, count: int, num_classes: int, seed: int) -> np.ndarray:
     return chosen[np.arange(count) % len(chosen)]
 
 
-def check_pair(generator: GeneratorPipeline, tokenizer: TokenizerPipeline) -> None:
-    """Raises ValueError where the generator was trained on another tokenizer's ids."""
+def check_pair(generator: LabelPipeline, tokenizer: TokenizerPipeline) -> None:
+    """Raises ValueError where the generator was trained on another tokenizer's ids, or this one makes no images."""
+    tokenizer.bundle.check_images()
     bundle.check_pair(generator.bundle, tokenizer.bundle.hash)
 
 
 def sample_images(
-    generator: GeneratorPipeline,
+    generator: LabelPipeline,
     tokenizer: TokenizerPipeline,
     labels: np.ndarray,
     out: Path,
@@ -76,7 +83,7 @@ def sample_images(
     """Writes this process' images that are not there yet.
 
     Args:
-      settings: of `GeneratorPipeline.sample`.
+      settings: of the generator's `sample`.
       process: (this process' number, how many there are): batch b belongs to process b mod P.
     Raises:
       ValueError: settings out of range, or `out` holds images of others.
@@ -122,7 +129,7 @@ def collect(out: Path, labels: np.ndarray, class_names: tuple[str, ...]) -> None
 def compare(
     generator: GeneratorPipeline, labels: np.ndarray, *, batch: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The `agreement` of a generator with itself in float32, under the seed and guidance of `settings`."""
+    """The `agreement` of an AR generator with itself in float32, under the seed and guidance of `settings`."""
     print(f"comparing the ids of {len(labels)} images with float32's", file=sys.stderr)
     line = Progress(-(-len(labels) // batch), global_batch=batch, warmup_updates=1)
     reference = GeneratorPipeline(bundle.load(generator.bundle.folder, "generator"), mesh=generator.mesh)
@@ -133,6 +140,21 @@ def compare(
 
 
 FLAGS = flags.FLAGS
+OPTIONS = sorted({*GeneratorPipeline.defaults, *MaskedPipeline.defaults})
+
+
+def settings_of(generator: LabelPipeline) -> dict[str, Any]:
+    """What the flags say of sampling, and the generator's defaults.
+
+    Raises:
+      ValueError: for a flag that this family of generators has not.
+    """
+    given = {name: FLAGS[name].value for name in OPTIONS if FLAGS[name].value is not None}
+    if strange := sorted(given.keys() - generator.defaults.keys()):
+        raise ValueError(
+            f"--{strange[0]} is no option of this generator's family; it has {', '.join(sorted(generator.defaults))}"
+        )
+    return {**generator.defaults, **given}
 
 
 def define_flags() -> None:
@@ -144,15 +166,27 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
     flags.DEFINE_integer("seed", 0, "Of all images.", lower_bound=0, upper_bound=MAX_SEED)
     flags.DEFINE_integer("batch", 16, "Images at once, over a process' devices.", lower_bound=1)
-    flags.DEFINE_float("scale", 1.0, "Guidance scale; 1 is none.", lower_bound=1.0)
-    flags.DEFINE_enum("schedule", "constant", SCHEDULES, "How the guidance scale goes along a sequence.")
+    ours, theirs = GeneratorPipeline.defaults, MaskedPipeline.defaults  # of AR and of masked generators
+    schedules = [*guidance.SCHEDULES, *(name for name in masked.SCHEDULES if name not in guidance.SCHEDULES)]
+
+    def both(name: str) -> str:
+        return f"{ours[name]} by default, masked {theirs[name]}."
+
+    flags.DEFINE_float("scale", None, f"Guidance scale; 1 is none, masked 0: {both('scale')}", lower_bound=0.0)
+    flags.DEFINE_enum("schedule", None, schedules, f"How the guidance goes along a sequence: {both('schedule')}")
     flags.DEFINE_float("start", None, "Of step and rectangular: share of the sequence where guidance begins.")
-    flags.DEFINE_float("end", 1.0, "Of rectangular: where it ends.")
-    flags.DEFINE_float("peak", 0.5, "Of triangular.")
-    flags.DEFINE_integer("interval", -1, "No guidance from this id on; -1: to the end.")
-    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the best id.", lower_bound=0.0)
-    flags.DEFINE_integer("top_k", 0, "Draw among the k best ids; 0: all.", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "Draw among the best ids of this probability.")
+    flags.DEFINE_float("end", None, f"Of rectangular: where it ends; {ours['end']} by default.")
+    flags.DEFINE_float("peak", None, f"Of triangular; {ours['peak']} by default.")
+    flags.DEFINE_integer("interval", None, "No guidance from this id on; -1, the default: to the end.")
+    flags.DEFINE_float(
+        "temperature", None, f"Divides the logits, masked: of the noise; 0: the best id. {both('temperature')}", 0.0
+    )
+    flags.DEFINE_integer("top_k", None, "Draw among the k best ids; 0, the default: all.", lower_bound=0)
+    flags.DEFINE_float("top_p", None, "Draw among the best ids of this probability; all by default.")
+    flags.DEFINE_integer("num_steps", None, f"Of a masked generator; {theirs['num_steps']} by default.", lower_bound=1)
+    flags.DEFINE_float("power", None, f"Of power-cosine; {theirs['power']} by default.")
+    flags.DEFINE_bool("anneal", None, "Of a masked generator: logits grow along the steps; so by default.")
+    flags.DEFINE_enum("mask_schedule", None, MASK_SCHEDULES, "Of a masked generator; arccos by default.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the generator's weights, and of its cache (int8: float32).")
     flags.DEFINE_integer("agreement", 0, "Of how many images the ids are compared with float32's.", lower_bound=0)
     process_flags.define()
@@ -161,12 +195,14 @@ def define_flags() -> None:
 def run() -> dict[str, Any]:
     """What the flags ask for; returns the summary that `main` prints."""
     mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
-    generator = GeneratorPipeline(bundle.load(FLAGS.generator, "generator"), dtype=FLAGS.dtype, mesh=mesh)
+    generator = generator_pipeline(bundle.load(FLAGS.generator, "generator"), dtype=FLAGS.dtype, mesh=mesh)
+    settings = settings_of(generator)
+    if FLAGS.agreement and not isinstance(generator, GeneratorPipeline):
+        raise ValueError("--agreement compares AR generators position by position: leave it out")
     tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer"), mesh=mesh)
     check_pair(generator, tokenizer)
     out, classes = Path(FLAGS.out).expanduser(), generator.model.num_classes
     labels = labels_of(FLAGS.labels, FLAGS.num_images, classes, FLAGS.seed)
-    settings = {name: FLAGS[name].value for name in ("seed", *GUIDANCE, "temperature", "top_k", "top_p")}
     process = jax.process_index(), jax.process_count()
     sample_images(generator, tokenizer, labels, out, batch=FLAGS.batch, settings=settings, process=process)
     if process[1] > 1:

@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"distill/layer\d/kernel$", ("embed", "mlp")),
     (r"adaptive/(scale|bias)/kernel$", (None, "channels")),
     (r"(cnn|discriminator)/.*conv.*/kernel$|cnn/.*/kernel$", (None, None, None, "channels")),
+    (r"cnn/stage_\d+/layers/(in|out)/kernel$", (None, "channels")),
     (r"discriminator/logits/kernel$", (None, None, "channels", None)),
     (r"discriminator/head_\d+/.*conv/kernel$", (None, None, "channels")),
     (r"decoder/project/kernel$", (None, None, "embed", None)),
@@ -44,7 +45,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"id_embed/embedding$", ("codes", None)),
     (r"generator/head/kernel$", ("embed", "mlp")),
     (r"(^|generator/.*)modulate(_out)?/kernel$", ("embed", "mlp")),
-    (r"_pos$", (None, "embed")),
+    (r"(^|generator/.*)skip/kernel$", ("embed", None)),
+    (r"(_pos|type_table)$", (None, "embed")),
     (r"codebook$", ("codes", None)),
 )
 

@@ -52,7 +52,10 @@ def make_train_step(
                 )
             else:
                 loss, state, metrics, gradients = _accumulated(total, trained, train.state, batch, key, accumulate)
-        return _apply(train, groups, active, loss, state, metrics, gradients)
+        params = train.params
+        if edited := getattr(objective, "edited", None):
+            params, state = edited(params, state)
+        return _apply(train, groups, active, params, loss, state, metrics, gradients)
 
     return step_fn
 
@@ -146,12 +149,13 @@ def _apply(
     train: TrainState,
     groups: Mapping[str, optim.Group],
     active: tuple[str, ...],
+    edited: Mapping[str, Any],
     loss: jax.Array,
     state: Any,
     metrics: Metrics,
     gradients: dict[str, Any],
 ) -> tuple[TrainState, Metrics]:
-    """One update per active group, or none at all where the loss or any gradient is not finite."""
+    """One update per active group from `edited` parameters, or none where the loss or any gradient is not finite."""
     metrics = {"loss/total": loss, **metrics}
     params, opt, ema = dict(train.params), dict(train.opt), dict(train.ema)
     finite, norms = jnp.isfinite(loss), {}
@@ -163,10 +167,10 @@ def _apply(
         metrics |= {f"grad_norm/{name}/{part}": value for part, value in parts.items()}
         metrics[f"learning_rate/{name}"] = groups[name].rate(train.step)
     for name in active:
-        old = train.opt[name], train.params[name], train.step
+        old = train.opt[name], optim.where(finite, edited[name], train.params[name]), train.step
         params[name], opt[name] = optim.update_where(finite, groups[name], gradients[name], norms[name], *old)
         if name in ema:
-            average = optim.average(groups[name], train.ema[name], params[name])
+            average = optim.average(groups[name], train.ema[name], params[name], train.step)
             ema[name] = optim.where(finite, average, train.ema[name])
     skipped = jnp.logical_not(finite).astype(jnp.int32)
     new = TrainState(

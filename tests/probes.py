@@ -13,17 +13,18 @@ CLASSES = ("blue", "green", "red")
 def tiny_tokenizer(folder, seed=0, **changes):
     """The loaded bundle of the tests' tiny tokenizer (8 px, 8 ids of 64), with drawn weights."""
     section = {**tiny_run().tokenizer.to_dict(), **changes}
-    return _saved(folder, "tokenizer", section, seed)
+    return saved(folder, "tokenizer", section, seed)
 
 
 def tiny_writer(folder, tokenizer, seed=1, class_names=CLASSES, **changes):
     """The loaded bundle of a generator of the tokenizer's ids."""
     sizes = {name: tokenizer.section[name] for name in ("codebook_size", "num_latent_tokens")}
     section = tiny_generator(**{**sizes, "num_classes": len(CLASSES), "dropout": 0.3, **changes}).to_dict()
-    return _saved(folder, "generator", section, seed, tokenizer=tokenizer.facts(), class_names=class_names)
+    return saved(folder, "generator", section, seed, tokenizer=tokenizer.facts(), class_names=class_names)
 
 
-def _saved(folder, kind, section, seed, **facts):
+def saved(folder, kind, section, seed, **facts):
+    """The loaded bundle of a section, with drawn weights."""
     shapes = sections.parameter_shapes(kind, section)
     arrays = {name: _drawn(name, leaf.shape, seed + n) for n, (name, leaf) in enumerate(shapes.items())}
     bundle.save(folder, kind, section, arrays.__getitem__, **facts)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from gigatok_jax import benchmark, config
-from tests.tiny import ROOT, TINIEST, tiny_generator, tiny_run
+from tests.tiny import ROOT, TINIEST, tiny_generator, tiny_masked, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,21 @@ def test_sampling_is_held_against_reading_what_lies_in_memory(dtype, monkeypatch
     assert facts["dtype"] == dtype and facts["scale"] == 1.5
     assert facts["bandwidth_fraction"] == pytest.approx(1e3 * seconds / facts["median_ms"])
     assert facts["tokens_per_second"] == pytest.approx(8 * K * 1e3 / facts["median_ms"])
+
+
+def test_masked_sampling_is_held_against_reading_the_weights_at_every_step(monkeypatch):
+    monkeypatch.setattr(benchmark, "memory_gib_per_second", lambda: 0.5)
+    cfg = config.masked()
+    cfg.update(num_steps=1, global_batch=8, dtype="float32", generator=tiny_masked("uvit"))
+    facts = benchmark.benchmark(cfg, what=["sample"], steps=1, warmup=0, scale=1.5)["sample"]
+    # Five layers: attention, MLP and its biases, two norms; two of them read a skip; norm and head at the end.
+    D, V, layers = 32, 64, 5
+    entries = layers * (4 * D * D + D + 8 * D * D + 5 * D + 4 * D) + 2 * (2 * D * D + D) + 2 * D + D * V + V
+    seconds = 8 * 4 * entries / (8 * 2**29)
+    assert facts["flops_notes"] == [] and facts["scale"] == 1.5
+    assert facts["bandwidth_fraction"] == pytest.approx(1e3 * seconds / facts["median_ms"])
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        benchmark.benchmark(cfg, what=["sample"], steps=1, warmup=0, dtype="int8")
 
 
 def test_fused_attention_is_counted_as_matrix_products(monkeypatch):

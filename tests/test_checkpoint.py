@@ -176,6 +176,16 @@ def test_another_config_is_refused_with_what_differs_and_the_mend(checkpointer):
     assert bits(restored) == bits(small_state())
 
 
+def test_a_field_that_is_younger_than_the_checkpoint_has_the_value_that_it_ran_with(checkpointer):
+    before = CONFIG | {"loss": {"pixel": "l2"}, "discriminator": {"name": "patchgan"}}
+    checkpointer.save(1, small_state(), config=before)
+    now = before | {"loss": {"pixel": "l2", "lecam": "per_logit"}}
+    checkpointer.restore(small_state(), config=now)
+    now["loss"]["lecam"] = "of_means"
+    with pytest.raises(CheckpointMismatch, match=r'loss\.lecam: saved "per_logit", now "of_means"'):
+        checkpointer.restore(small_state(), config=now)
+
+
 @pytest.mark.parametrize(
     "change, same_run",
     [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import config, objectives
+from gigatok_jax import config, objectives, optim, sharding
 from gigatok_jax.hub import gigatok as hub
 from gigatok_jax.tokenizers import gigatok
 from tests.tiny import ROOT, config_module, tiny_run
@@ -132,3 +132,88 @@ def test_values_out_of_bounds_are_named(field, value):
     node[name] = value
     with pytest.raises(ValueError, match=name if field != "mesh.data" else "config.mesh"):
         config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize("size", [*config.MASKED_SIZES, "cpu-tiny"])
+def test_masked_generators_build(size):
+    cfg = config_module("masked").get_config(size)
+    config.validate(cfg)
+    objective = objectives.build(cfg)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))[0]["generator"]
+    assert (size == "cpu-tiny") == (sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 10**8)
+    decayed = optim.matching(cfg.groups.generator.decayed, shapes)
+    named = {sharding.path_name(path) for path, pulled in jax.tree_util.tree_leaves_with_path(decayed) if pulled}
+    assert {name.rsplit("/")[-1] for name in named} == {"kernel"} and "head/kernel" in named
+
+
+def test_masked_sizes_and_values_that_cannot_work():
+    with pytest.raises(ValueError, match="'xl' is not one of l-32, b-64, s-128"):
+        config_module("masked").get_config("xl")
+    for section, field, value in (
+        ("generator", "architecture", "gpt"),
+        ("loss", "mask_schedule", "square"),
+        ("loss", "label_smoothing", 1.5),
+        ("loss", "unmasked_weight", -1.0),
+    ):
+        cfg = config.masked()
+        cfg[section][field] = value
+        with pytest.raises(ValueError, match=field):
+            config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "words"),
+    [
+        (
+            {"bottleneck": "kl", "codebook_size": 0},
+            {"loss.entropy_weight": 0.1},
+            "KL.*set --config.loss.entropy_weight=0",
+        ),
+        ({"bottleneck": "kl", "codebook_size": 0, "clustering": True}, {}, "set --config.tokenizer.clustering=False"),
+        ({}, {"loss.auxiliary_end": 9}, "auxiliary_end=9, but titok has no convolutional map: set .*auxiliary_end=0"),
+        (
+            {"head": "proxy"},
+            {"discriminator.name": "blur"},
+            "gives logits of ids.*set --config.discriminator.name=none",
+        ),
+        ({"head": "proxy"}, {"loss.perceptual_weight": 1.0}, "set --config.loss.perceptual_weight=0"),
+        ({"head": "proxy"}, {"loss.convnext_weight": 0.1}, "set --config.loss.convnext_weight=0"),
+    ],
+)
+def test_what_a_tokenizer_has_not_is_refused(form, changes, words):
+    cfg = tiny_run(tokenizer=config.small_titok_tokenizer(), loss__entropy_weight=0.0, loss__auxiliary_end=0)
+    cfg.discriminator.name = "none"
+    cfg.tokenizer.update(form)
+    for field, value in changes.items():
+        section, name = field.split(".")
+        cfg[section][name] = value
+    cfg.loss.direct = "auxiliary" in words
+    with pytest.raises(ValueError, match=words):
+        config.validate(cfg, 8)
+    for field in changes:
+        section, name = field.split(".")
+        cfg[section][name] = "none" if name == "name" else 0
+    cfg.tokenizer.clustering = False
+    config.validate(cfg, 8)
+
+
+@pytest.mark.parametrize("section", [config.llamagen_tokenizer, config.maskgit_vqgan_tokenizer])
+def test_a_tokenizer_without_a_distillation_head_has_no_semantic_loss(section):
+    with pytest.raises(ValueError, match=r"has no distillation head: set --config\.loss\.semantic_weight=0"):
+        config.validate(tiny_run(tokenizer=section(), loss__semantic_weight=0.5), 8)
+
+
+@pytest.mark.parametrize("name", ["gigatok", "titok", "llamagen", "maskgit_vqgan"])
+def test_every_tokenizers_config_is_valid(name):
+    module = config_module(name)
+    for size in [
+        *getattr(module, "SIZES", {}),
+        *getattr(module, "TWO_STAGES", {}),
+        *getattr(module, "SINGLE_STAGE", {}),
+    ]:
+        config.validate(module.get_config(size))
+    if name == "titok":
+        for size in ("cpu-tiny", "cpu-tiny-kl", "l-32-stage1", "cpu-tiny-stage1", "cpu-tiny-stage2"):
+            config.validate(module.get_config(size))
+    else:
+        config.validate(module.get_config())

@@ -69,3 +69,10 @@ def test_what_is_refused(call, tmp_path, options, words):
     message = call(**options)
     assert message.startswith("error: ") and words in message and "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_continuous_latents_are_refused(call, tmp_path):
+    tiny_tokenizer(tmp_path / "kl", bottleneck="kl", codebook_size=0)
+    message = call(bundle=str(tmp_path / "kl"))
+    assert message.startswith("error: ") and "continuous latents (bottleneck=kl)" in message
+    assert not (tmp_path / "out").exists()

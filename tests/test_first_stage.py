@@ -1,6 +1,8 @@
 """Generators trained on pictures: a frozen tokenizer makes the ids inside the step."""
 
+import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -90,7 +92,7 @@ def whole(root, tmp_path_factory):
 class Telling(ARObjective):
     """Says which ids it is trained on."""
 
-    told: list = []  # noqa: RUF012 (one test reads it)
+    told: ClassVar[list] = []  # one test reads it
 
     def scores(self, params, ids_BK, class_B, rngs=None):
         jax.debug.callback(lambda ids: self.told.append(np.asarray(ids)), ids_BK)
@@ -105,7 +107,7 @@ def steps(cfg, layout, count, ids_of=None, objective_of=lambda objective: object
     objective, groups = objective_of(objectives.build(cfg)), optim.make_groups(cfg)
     networks = {} if ids_of else frozen.of_config(cfg, mesh)
     if ids_of:
-        objective = objective._replace(first_stage=None)
+        objective = dataclasses.replace(objective, first_stage=None)
     state = train_state.init(objective, groups, 0, mesh, preset)
     # What starts at zero would hide the layers before it.
     head = state.params["generator"]["head"]["kernel"]
@@ -135,7 +137,7 @@ def test_the_step_is_trained_on_the_pipelines_ids_of_the_same_crops(root):
         return want[-1]
 
     Telling.told.clear()
-    telling = {"objective_of": lambda objective: Telling(*objective)}
+    telling = {"objective_of": lambda objective: Telling(**vars(objective))}
     opt, losses = steps(cfg, ONE, 3, **telling)
     jax.effects_barrier()
     told = list(Telling.told)

@@ -64,6 +64,20 @@ def test_published_schedules(golden):
         np.testing.assert_allclose(ours[known], io[name][known], rtol=1e-5, atol=1e-11, err_msg=name)
 
 
+@pytest.mark.golden
+def test_published_schedules_of_titok(golden):
+    """Learning rates over 100 steps, and the decays of the average; the published cosine rises again after its end."""
+    io = np.load(golden / "titok" / "schedules.npz")
+    common = dict(peak=1e-4, end=1e-5, warmup=10, num_steps=100, decay_fraction=0.0, start=0.0)
+    for name, kind, known in (("lr_cosine_w10_t100_end1e5", "cosine", 101), ("lr_constant_w10", "constant", 120)):
+        ours = jax.vmap(optim.schedule(kind, **common))(np.arange(known))
+        np.testing.assert_allclose(ours, io[name][:known], rtol=1e-5, atol=1e-11, err_msg=name)
+    group = optim.Group(optax.identity(), None, clip=0.0, ema=0.999, trainable=".*", ema_warmup=True)
+    after = io["ema_steps"] > 0  # theirs counts updates from 1
+    ours = jax.vmap(lambda step: optim.ema_decay(group, step))(io["ema_steps"][after] - 1)
+    np.testing.assert_allclose(ours, io["ema_decay"][after], rtol=1e-6)
+
+
 @pytest.mark.parametrize("pattern, message", [("(", "no regular expression"), ("encoder", "matches no whole")])
 def test_a_trainable_pattern_that_cannot_work_is_refused(pattern, message):
     cfg, objective = tiny_objective(groups__tokenizer__trainable=pattern)

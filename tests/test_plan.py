@@ -40,6 +40,8 @@ def test_small_by_part_and_module():
 def test_generators_are_counted():
     _, facts = parameters.plan_params(config_module("ar").get_config("xxl"))
     assert facts["params"] == sum(facts["by_part"].values()) == 1_411_367_424
+    _, facts = parameters.plan_params(config_module("masked").get_config("s-128"))
+    assert facts["params"] == sum(facts["by_part"].values()) == 294_990_848
     done = run_plan("--config=configs/ar.py:b", "--params")
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["params"] == 111_085_824
 

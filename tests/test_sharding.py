@@ -127,7 +127,7 @@ def used_by(what, mesh):
     state = train_state.init(objective, sgd_groups(cfg), 0, mesh, "fsdp")
     images = np.zeros((8, 8, 8, 3), np.float32)
     if what == "evaluate":
-        return evals.build(cfg, objective, mesh, None, {})._reconstruct, state.params, images
+        return evals.build(cfg, objective, mesh, None, {})._reconstruct, state.params, {}, images
     params = jax.device_get(state.params["tokenizer"])
     section = cfg.tokenizer.to_dict()
     pipeline = TokenizerPipeline(bundle.Bundle("tokenizer", section, params, (), None, {}, ""), mesh=mesh)
@@ -139,8 +139,8 @@ def used_by(what, mesh):
 @pytest.mark.parametrize("what", ["evaluate", "tokenize", "detokenize"])
 def test_weights_are_gathered_outside_training_too(what):
     """A convolution whose kernel lies in parts, split by its input, was wrong where heights are split."""
-    program, params, rows = used_by(what, sharding.make_mesh(MESHES["mixed"][0]))
-    pinned = constrained_shapes(jax.make_jaxpr(program)(params, rows).jaxpr, set())
+    program, params, *rows = used_by(what, sharding.make_mesh(MESHES["mixed"][0]))
+    pinned = constrained_shapes(jax.make_jaxpr(program)(params, *rows).jaxpr, set())
     side = "decoder" if what == "detokenize" else "encoder"
     kernels = {
         sharding.path_name(path): leaf.shape

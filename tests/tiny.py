@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gigatok_jax import config
-from gigatok_jax.generators import ar
+from gigatok_jax.generators import ar, masked
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,7 +119,28 @@ GENERATOR_FORMS = {
 def drawn_generator(form: str) -> tuple[ar.GPT, Any]:
     """A tiny generator of one of the forms, and parameters that are all drawn, those of zero start too."""
     section = tiny_generator(**GENERATOR_FORMS[form])
-    model, K = ar.build(section), section.num_latent_tokens
+    model = ar.build(section)
+    return model, _drawn(model, section.num_latent_tokens)
+
+
+def tiny_masked(form: str, **options: object) -> ConfigDict:
+    """A masked generator's section, of the form "bert" or "uvit": 8 ids of 64, 2 classes."""
+    section = config.masked_generator("l-32" if form == "bert" else "s-128")
+    section.update(width=32, depth=4, heads=2, codebook_size=64, num_latent_tokens=8, num_classes=2)
+    section.update({"remat": "none", "dropout": 0.0, **options})
+    return section
+
+
+@functools.cache
+def drawn_masked(architecture: str) -> tuple[masked.MaskedTransformer, Any]:
+    """A tiny masked generator, and parameters that are all drawn."""
+    section = tiny_masked(architecture)
+    model = masked.build(section)
+    return model, _drawn(model, section.num_latent_tokens)
+
+
+def _drawn(model: Any, K: int) -> Any:
+    """A generator's parameters, all of them drawn."""
 
     def draw() -> Any:
         params = model.init(jax.random.key(0), jnp.zeros((1, K), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
@@ -128,4 +149,4 @@ def drawn_generator(form: str) -> tuple[ar.GPT, Any]:
         drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
         return jax.tree.unflatten(structure, drawn)
 
-    return model, jax.jit(draw)()
+    return jax.jit(draw)()

@@ -10,7 +10,7 @@ from gigatok_jax import programs, sharding
 from gigatok_jax.benchmarks.timing import Call
 from gigatok_jax.benchmarks.training import synthetic_batch
 from gigatok_jax.blueprint import Blueprint
-from gigatok_jax.sampling import precision
+from gigatok_jax.sampling import masked, precision
 from gigatok_jax.scaling.flops import count_flops
 
 
@@ -43,8 +43,7 @@ def inference_call(plan: Blueprint, name: str) -> Call:
 
 def held(plan: Blueprint, params: Any, dtype: str) -> Any:
     """A generator's parameters as sampling in `dtype` holds them, on the same devices."""
-    depth = plan.objective.generator.stack.depth
-    return jax.jit(lambda params: precision.held(params, depth, dtype))(params)
+    return jax.jit(lambda params: programs.held(plan, params, dtype))(params)
 
 
 def sample_call(plan: Blueprint, params: Any, scale: float, dtype: str) -> Call:
@@ -64,11 +63,15 @@ def sample_call(plan: Blueprint, params: Any, scale: float, dtype: str) -> Call:
 def sampling_bytes(plan: Blueprint, params: Any, scale: float, dtype: str) -> float:
     """Bytes that must be read for one microbatch: at each position all weights but the tables, and the cache so far.
 
+    Of a masked generator the weights, at each of its steps.
+
     `held` parameters count as they lie: int8 matrices by a byte an entry, and their scales.
     """
     model, cfg = plan.objective.generator, plan.cfg
     read = {name: part for name, part in params.items() if name not in ("id_embed", "class_embed", "token_pos")}
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
+    if cfg.objective == "masked":
+        return len(masked.make_steps(model.num_latent_tokens).masked) * weights
     rows = cfg.global_batch // cfg.accumulate * (2 if scale != 1 else 1)
     K = model.num_latent_tokens
     position = 2 * model.stack.depth * model.width * rows * precision.arithmetic(dtype).itemsize

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Codes(NamedTuple):
@@ -20,6 +21,11 @@ class Codes(NamedTuple):
     pre_BKZ: jax.Array
     moments: tuple[jax.Array, jax.Array] | None
     losses: dict[str, Any]
+
+    @classmethod
+    def of_latents(cls, latents_BKZ: jax.Array) -> "Codes":
+        """Stored latents (B, K, Z) of a continuous bottleneck, to be decoded."""
+        return cls(latents_BKZ, None, jnp.ones(latents_BKZ.shape[:2], bool), latents_BKZ, None, {})
 
 
 class Condition(NamedTuple):

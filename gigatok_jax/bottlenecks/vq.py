@@ -1,6 +1,6 @@
-"""Vector quantisation with l2-normalised codes (GigaTok, VQGAN-LC; entropy loss of MAGVIT-v2/MaskGIT).
+"""Vector quantisation, with l2-normalised codes (GigaTok, VQGAN-LC) or plain ones; entropy loss of MAGVIT-v2/MaskGIT.
 
-Distances are squared Euclidean on the unit sphere, in float32, and never leave this file: the nearest entry, the
+Distances are squared Euclidean, in float32, and never leave this file: the nearest entry, the
 entropy and the averages are computed chunk by chunk over the codebook axis, so memory is bounded by
 rows × `chunk_size` however large the codebook is.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gigatok_jax.bottlenecks.codes import Codes
 
 ESTIMATORS = ("straight_through", "rotation")
+USAGE_DECAY = 0.99  # of the moving average of entries' use (CVQ-VAE's)
 _HIGHEST = jax.lax.Precision.HIGHEST  # a bf16 product of the 8-d codes flips ids
 
 
@@ -112,14 +113,23 @@ def rotate(z: jax.Array, q: jax.Array) -> jax.Array:
     return rotated * jax.lax.stop_gradient(norm_q / (norm_z + 1e-6))
 
 
+def uniform_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform within ±1/V (VQGAN, TiTok)."""
+    return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+
+
 def codebook_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Directions uniform on the cube, normalised."""
     return unit(jax.random.uniform(key, shape, dtype, -1.0, 1.0))
 
 
 class VectorQuantizer(nn.Module):
-    """Latents (B, K, Z) → the nearest of `codebook_size` unit vectors; always float32.
+    """Latents (B, K, Z) → the nearest of `codebook_size` entries; always float32.
 
+    `normalized`: latents and entries are unit vectors; they also start as such, else as `uniform_init`.
+    `clustering`: in training, entries that are seldom used are pulled to the global batch's nearest latents (CVQ-VAE,
+    arXiv 2307.15139; TA-TiTok). The share of latents that choose each entry is kept in the collection `statistics`, and
+    what becomes of the codebook in `edits`: it is to be keep · codebook + add, without a gradient.
     In training `losses` holds `codebook` (mean (q − sg z)²), `commitment` (mean (sg q − z)², unweighted) and
     `entropy` (row entropy minus entropy of the mean, over the global batch); jit drops what nobody reads.
     """
@@ -129,17 +139,25 @@ class VectorQuantizer(nn.Module):
     estimator: str = "rotation"
     temperature: float = 0.01
     chunk_size: int = 4096
+    normalized: bool = True
+    clustering: bool = False
 
     def setup(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is not one of {ESTIMATORS}")
-        self.codebook = self.param("codebook", codebook_init, (self.codebook_size, self.code_dim))
+        init = codebook_init if self.normalized else uniform_init
+        size, dim = self.codebook_size, self.code_dim
+        self.codebook = self.param("codebook", init, (size, dim))
+        if self.clustering and self.is_mutable_collection("statistics"):  # elsewhere there may be none
+            self.usage = self.variable("statistics", "usage", jnp.zeros, (size,), jnp.float32)
+            self.keep = self.variable("edits", "keep", jnp.ones, (size,), jnp.float32)
+            self.add = self.variable("edits", "add", jnp.zeros, (size, dim), jnp.float32)
 
     def __call__(self, pre_BKZ: jax.Array, *, key: jax.Array | None = None, train: bool = False) -> Codes:
         del key  # deterministic
         B, K, Z = pre_BKZ.shape
-        z_NZ = unit(pre_BKZ.astype(jnp.float32)).reshape(B * K, Z)
-        codebook_VZ = unit(self.codebook.astype(jnp.float32))
+        z_NZ = self._scaled(pre_BKZ).reshape(B * K, Z)
+        codebook_VZ = self._scaled(self.codebook)
         chunk = min(self.chunk_size, self.codebook_size)
         ids_N = nearest(jax.lax.stop_gradient(z_NZ), jax.lax.stop_gradient(codebook_VZ), chunk)
         q_NZ = codebook_VZ[ids_N]
@@ -148,6 +166,10 @@ class VectorQuantizer(nn.Module):
             losses["codebook"] = jnp.mean((q_NZ - jax.lax.stop_gradient(z_NZ)) ** 2)
             losses["commitment"] = jnp.mean((jax.lax.stop_gradient(q_NZ) - z_NZ) ** 2)
             losses["entropy"] = entropy_loss(z_NZ, codebook_VZ, temperature=self.temperature, chunk_size=chunk)
+            if self.clustering and self.is_mutable_collection("statistics"):
+                self._pull(
+                    jax.lax.stop_gradient((pre_BKZ.astype(jnp.float32).reshape(B * K, Z), z_NZ, codebook_VZ)), ids_N
+                )
             if self.estimator == "rotation":
                 q_NZ = rotate(z_NZ, jax.lax.stop_gradient(q_NZ))
             else:
@@ -163,5 +185,24 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, ids_BK: jax.Array) -> Codes:
         """The codes of stored ids (integers in [0, codebook_size))."""
-        latents = unit(self.codebook.astype(jnp.float32))[ids_BK]
+        latents = self._scaled(self.codebook)[ids_BK]
         return Codes(latents, ids_BK, jnp.ones(ids_BK.shape, bool), latents, None, {})
+
+    def soft_lookup(self, weights_BKV: jax.Array) -> jax.Array:
+        """Latents (B, K, Z) that mix the entries by weights, such as probabilities (TiTok, `get_codebook_entry`)."""
+        return self._scaled(jnp.matmul(weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)))
+
+    def _pull(self, latents: tuple[jax.Array, jax.Array, jax.Array], ids_N: jax.Array) -> None:
+        """Counts the entries' use and edits the codebook."""
+        pre_NZ, z_NZ, codebook_VZ = latents
+        counts_V = jnp.zeros((self.codebook_size,), jnp.float32).at[ids_N].add(1.0)
+        usage_V = USAGE_DECAY * self.usage.value + (1 - USAGE_DECAY) * counts_V / ids_N.size
+        nearest_V = nearest(codebook_VZ, z_NZ, min(self.chunk_size, z_NZ.shape[0]))
+        share_V = jnp.exp(-10 * self.codebook_size * usage_V / (1 - USAGE_DECAY) - 1e-3)
+        if not self.is_initializing():
+            self.usage.value = usage_V
+            self.keep.value = self.keep.value * (1 - share_V)
+            self.add.value = self.add.value * (1 - share_V)[:, None] + share_V[:, None] * pre_NZ[nearest_V]
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return unit(x.astype(jnp.float32)) if self.normalized else x.astype(jnp.float32)

@@ -14,6 +14,17 @@ RUN_ONLY_KEYS = (
     "generator.attention", "generator.remat", "generator.unroll", "first_stage.*",
 )  # fmt: skip
 
+# Fields that configs have got since checkpoints were written, and the value that these ran with.
+ADDED = {
+    **{"discriminator.pooling": "blur", "loss.lecam": "per_logit", "loss.convnext_weight": 0.0},
+    **{"loss.kl_weight": 1e-6, "loss.proxy_weight": 1.0, "start.bundle": "", "tokenizer.bottleneck": "vq"},
+    **{
+        f"groups.{group}.{name}": value
+        for group in ("tokenizer", "discriminator", "generator")
+        for name, value in (("warmup_start", 0.01), ("ema_warmup", False))
+    },
+}
+
 SHOWN = 5  # mismatching leaves named in an error; the rest are counted
 
 
@@ -71,7 +82,9 @@ def _run_only(key: str) -> bool:
 
 
 def require_same_run(saved: dict, current: dict, where: str) -> None:
-    lines = [f"  {key}: {text}" for key, text in _differences(saved, current).items() if not _run_only(key)]
+    then, now = _flatten(saved), _flatten(current)
+    then = {key: value for key, value in ADDED.items() if key in now} | then
+    lines = [f"  {key}: {text}" for key, text in _differences(then, now).items() if not _run_only(key)]
     if lines:
         raise CheckpointMismatch(
             f"{where} was written with another config:\n" + "\n".join(lines) + "\n"

@@ -15,8 +15,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     **dict.fromkeys(("data.num_threads", "data.num_workers", "log.every", "eval.every"), (0, INF)),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_period", "loss.auxiliary_end"), (0, INF)),
-    **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "semantic", "codebook", "commitment",
-                     "entropy", "feature", "adversarial", "discriminator", "lecam")), (0, INF)),
+    **dict.fromkeys((f"loss.{name}_weight" for name in ("pixel", "perceptual", "convnext", "semantic", "codebook",
+                     "commitment", "entropy", "kl", "proxy", "feature", "adversarial", "discriminator", "lecam")),
+                     (0, INF)),
     **dict.fromkeys(("loss.usage_window", "loss.discriminator_start"), (1, INF)),
     **dict.fromkeys((f"tokenizer.{side}_{size}" for side in ("encoder", "decoder")
                      for size in ("width", "depth", "heads")), (1, INF)),
@@ -24,7 +25,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("tokenizer.encoder_conv_blocks", "tokenizer.decoder_conv_blocks", "discriminator.num_layers",
                      "discriminator.num_heads"), (1, 100)),
     **dict.fromkeys((f"tokenizer.{name}" for name in ("features", "conv_base", "conv_multipliers", "norm_groups",
-                     "codebook_size", "code_dim", "codebook_chunk", "unroll", "distill_layer")), (1, INF)),
+                     "code_dim", "codebook_chunk", "unroll", "distill_layer", "patch")), (1, INF)),
+    "tokenizer.codebook_size": (0, INF),  # 0: a bottleneck without ids
+    **dict.fromkeys((f"tokenizer.proxy_{name}" for name in ("codebook_size", "code_dim", "conv_base",
+                     "conv_multipliers", "decoder_conv_blocks", "norm_groups")), (1, INF)),
     # Tables are made of these.
     "tokenizer.image_size": (1, 4096),
     **dict.fromkeys(("tokenizer.num_latent_tokens", "generator.num_latent_tokens"), (1, 65_536)),
@@ -34,8 +38,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
                      "weight_decay", "clip")), (0, INF)),
     **dict.fromkeys((f"generator.{name}" for name in ("width", "depth", "heads", "hidden_multiple", "codebook_size",
                      "num_classes", "unroll")), (1, INF)),
-    **dict.fromkeys(("generator.class_dropout", "generator.dropout"), (0, 1)),
-    **dict.fromkeys(("groups.*.b1", "groups.*.b2", "groups.*.ema", "decay_fraction"), (0, 1)),
+    **dict.fromkeys(("generator.class_dropout", "generator.dropout", "loss.label_smoothing"), (0, 1)),
+    **dict.fromkeys(("generator.hidden", "loss.unmasked_weight"), (0, INF)),
+    **dict.fromkeys((f"groups.*.{name}" for name in ("b1", "b2", "ema", "warmup_start")), (0, 1)),
+    "decay_fraction": (0, 1),
 }  # fmt: skip
 SEMANTIC_TEACHERS = (
     *(f"dinov2-{size}{kind}" for kind in ("", "-reg") for size in "sblg"),
@@ -43,7 +49,7 @@ SEMANTIC_TEACHERS = (
 )
 # What is one of a few names.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("tokenizer", "ar"),
+    "objective": ("tokenizer", "ar", "masked"),
     "dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "constant", "wsd"),
     "loss.pixel": ("l1", "l2"),
@@ -53,16 +59,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.lpips": ("", "vgg16", "alexnet"),
     "loss.adversarial": ("hinge", "non_saturating"),
     "loss.discriminator": ("hinge", "vanilla", "non_saturating"),
+    "loss.lecam": ("per_logit", "of_means"),
     "data.crop": ("adm", "scale", "center"),
     "sharding.preset": ("replicated", "fsdp", "fsdp+tensor"),
     "sharding.offload": ("none", "moments"),
     "tokenizer.attention": ("xla", "cudnn", "splash"),
-    "discriminator.name": ("none", "patchgan", "dino"),
+    "discriminator.name": ("none", "patchgan", "blur", "dino"),
+    "discriminator.pooling": ("blur", "average"),
     "discriminator.remat": ("none", "full", "dots"),
     "tokenizer.estimator": ("rotation", "straight_through"),
     "tokenizer.layout": ("1d", "2d"),
+    "tokenizer.bottleneck": ("vq", "kl"),
+    "tokenizer.head": ("pixels", "proxy", "proxy_pixels"),
     "tokenizer.layer_2d": ("vit", "qformer"),
     "tokenizer.remat": ("none", "full", "dots"),
+    "generator.architecture": ("bert", "uvit"),
+    "loss.mask_schedule": ("arccos", "cosine", "linear", "root"),
     "generator.attention": ("xla", "cudnn", "splash"),
     "generator.remat": ("none", "full", "dots"),
 }
@@ -91,6 +103,8 @@ def validate(cfg: ConfigDict, num_devices: int | None = None) -> None:
         check_mesh(cfg, num_devices)
     if "generator" in cfg:
         _check_ids(cfg)
+    elif "tokenizer" in cfg and "loss" in cfg:
+        _check_losses(cfg)
 
 
 def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
@@ -107,12 +121,40 @@ def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
                 raise ValueError(
                     f"{where}{field}={value!r} must be at least {low}" + f" and at most {high}" * (high < INF)
                 )
-    if "tokenizer" in cfg and not cfg["tokenizer"]["conv_multipliers"]:
-        raise ValueError(f"{where}tokenizer.conv_multipliers is empty; one number per convolution level is wanted")
+    for field, value in cfg["tokenizer"].items() if "tokenizer" in cfg else ():
+        if field.endswith("conv_multipliers") and not value:
+            raise ValueError(f"{where}tokenizer.{field} is empty; one number per convolution level is wanted")
     for field, allowed in CHOICES.items():
         for value in _values(cfg, field):
             if value not in allowed:
                 raise ValueError(f"{where}{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_losses(cfg: ConfigDict) -> None:
+    """Refuses losses of what a tokenizer has not."""
+    tokenizer, loss, family = cfg.tokenizer, cfg.loss, cfg.tokenizer.family
+    kl, proxy = tokenizer.get("bottleneck") == "kl", tokenizer.get("head") == "proxy"
+    auxiliary = loss.auxiliary_end > 1 and (loss.direct or loss.feature_weight > 0)
+    adversarial = cfg.discriminator.name != "none" and loss.discriminator_start <= cfg.num_steps
+    wrong = {  # what may be asked for in vain, why, and the mend
+        "loss.entropy_weight": (kl and loss.entropy_weight, "a KL bottleneck has no codebook", 0.0),
+        "tokenizer.clustering": (kl and tokenizer.get("clustering"), "a KL bottleneck has no codebook", False),
+        "loss.semantic_weight": (
+            loss.semantic_weight and "distill_layer" not in tokenizer,
+            f"the family {family} has no distillation head",
+            0.0,
+        ),
+        "loss.auxiliary_end": (auxiliary and "conv_base" not in tokenizer, f"{family} has no convolutional map", 0),
+        **{
+            f"loss.{name}": (proxy and loss[name], "tokenizer.head=proxy gives logits of ids, not images", 0.0)
+            for name in ("perceptual_weight", "convnext_weight")
+        },
+        "discriminator.name": (proxy and adversarial, "tokenizer.head=proxy gives logits of ids, not images", "none"),
+    }
+    for field, (asked, why, mend) in wrong.items():
+        if asked:
+            section, name = field.split(".")
+            raise ValueError(f"config.{field}={cfg[section][name]!r}, but {why}: set --config.{field}={mend}")
 
 
 def _check_ids(cfg: ConfigDict) -> None:

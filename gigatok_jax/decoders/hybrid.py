@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.conv import ConvDecoder, conv
+from gigatok_jax.nn.distill import DistillHead
 from gigatok_jax.nn.initializers import Init, fan_in_uniform, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.transformer import Stack, grid_context
@@ -71,20 +72,3 @@ class HybridDecoder(nn.Module):
     def decode_features(self, map_BHWC: jax.Array) -> jax.Array:
         """The convolutional part alone: feature map → image (the auxiliary path of GigaTok)."""
         return self.cnn(map_BHWC)
-
-
-class DistillHead(nn.Module):
-    """Three linear layers with SiLU between, D → 4D → 4D → M."""
-
-    width: int
-    features: int
-    dtype: Any = jnp.float32
-    kernel_init: Init = small_normal
-
-    @nn.compact
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
-        x = x_BND
-        for index, features in enumerate((4 * self.width, 4 * self.width, self.features)):
-            x = nn.swish(x) if index else x
-            x = nn.Dense(features, dtype=self.dtype, kernel_init=self.kernel_init, name=f"layer{index}")(x)
-        return x

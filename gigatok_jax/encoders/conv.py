@@ -8,22 +8,26 @@ import jax.numpy as jnp
 
 from gigatok_jax.nn.conv import ConvEncoder
 from gigatok_jax.nn.initializers import fan_in_uniform
+from gigatok_jax.nn.maskgit_conv import MaskGITEncoder
 
 
 class ConvolutionalEncoder(nn.Module):
     """Image (B, H, W, 3) → latents before the bottleneck (B, h·w, Z), in raster order (VQGAN, LlamaGen).
 
+    Without a `code_dim` the latents are the map itself (MaskGIT-VQGAN).
     Tap in `out`: `cnn` (B, h, w, C).
     """
 
-    cnn: ConvEncoder
-    code_dim: int
+    cnn: ConvEncoder | MaskGITEncoder
+    code_dim: int | None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         map_BHWC = self.cnn(image_BHWC)
         B, H, W, C = map_BHWC.shape
+        if self.code_dim is None:
+            return map_BHWC.reshape(B, H * W, C), {"cnn": map_BHWC}
         uniform = fan_in_uniform(C)
         to_latents = nn.Dense(
             self.code_dim, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="to_latents"

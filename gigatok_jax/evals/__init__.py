@@ -20,6 +20,6 @@ def build(
     Raises:
       ValueError: for held-out images that cannot serve.
     """
-    if cfg["objective"] == "ar":
+    if "generator" in cfg:
         return LikelihoodEvaluator(cfg, objective, mesh, train, frozen)
-    return Evaluator(cfg, objective.reconstruct, mesh)
+    return Evaluator(cfg, objective.reconstruct, mesh, frozen)

@@ -14,7 +14,7 @@ from gigatok_jax.evals.grid import comparison_grid
 from gigatok_jax.evals.reconstruction import evaluate_reconstruction
 from gigatok_jax.nn.constrain import gathered, placing
 
-Reconstruct = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
+Reconstruct = Callable[[Mapping[str, Any], Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
 class Evaluator:
@@ -31,7 +31,7 @@ class Evaluator:
 
     primary = "psnr"
 
-    def __init__(self, cfg: Mapping[str, Any], reconstruct: Reconstruct, mesh: Mesh):
+    def __init__(self, cfg: Mapping[str, Any], reconstruct: Reconstruct, mesh: Mesh, frozen: Mapping[str, Any]):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._mesh, self._settings = mesh, cfg["eval"]
         if cfg["eval"]["fid"]:
@@ -52,9 +52,11 @@ class Evaluator:
         self._lpips = lpips.build(network, cfg["frozen"]["folder"], mesh, self._batch) if network else None
         self._features = fid.build(cfg["frozen"]["folder"], mesh, self._batch) if cfg["eval"]["fid"] else None
 
-        def constrained(params: Mapping[str, Any], image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        self._frozen = {name: params for name, params in frozen.items() if name == "first_stage"}
+
+        def constrained(params: Any, frozen: Any, image: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             with placing(sharding.placement(mesh)):
-                return reconstruct(gathered(params), image)
+                return reconstruct(gathered(params), gathered(frozen), image)
 
         self._reconstruct = jax.jit(constrained, out_shardings=sharding.replicated(mesh))
 
@@ -73,7 +75,7 @@ class Evaluator:
 
         def reconstruct(images_m11: Any) -> tuple[np.ndarray, np.ndarray]:
             images = sharding.place_rows(np.asarray(images_m11), self._mesh)
-            return jax.device_get(self._reconstruct(params, images))
+            return jax.device_get(self._reconstruct(params, self._frozen, images))
 
         def keep(originals: np.ndarray, reconstructions: np.ndarray) -> None:
             nonlocal seen, statistics
@@ -88,7 +90,7 @@ class Evaluator:
         scores = evaluate_reconstruction(
             reconstruct,
             self._usable_batches(),
-            self._codebook_size,
+            self._codebook_size or None,
             batch_size=self._batch,
             on_batch=keep,
         )

@@ -13,18 +13,19 @@ from gigatok_jax import data, sharding
 from gigatok_jax.evals.picture_ids import PictureIds
 from gigatok_jax.hub.frozen import id_writer
 from gigatok_jax.nn.constrain import placing
-from gigatok_jax.objectives.ar import ARObjective
+from gigatok_jax.objectives.generator import GeneratorObjective
 
 Part = tuple[np.ndarray, np.ndarray]  # ids (M, K) and true classes (M,) of M pictures, int32
 SMOOTHING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class LikelihoodEvaluator:
-    """Nats per id of held-out pictures (their first crop, or centre crop), teacher-forced, with their true class.
+    """Nats per id of held-out pictures (their first crop, or centre crop), with their true class.
 
-    "ar_val_loss", "ar_val_accuracy", and "unigram_entropy": the cross-entropy of the same ids under each position's
-    own distribution over the training ids. Crops of whole photographs that were held out have no class: where the
-    training set has classes, they are scored with the null class.
+    For an AR generator "ar_val_loss" and "ar_val_accuracy", teacher-forced; for a masked one "masked_val_loss" and
+    "masked_val_accuracy", of ids masked as in training, of each picture always the same. "unigram_entropy": the
+    cross-entropy of all ids under each position's own distribution over the training ids. Crops of whole photographs
+    that were held out have no class: where the training set has classes, they are scored with the null class.
 
     Args:
       frozen: as the train step's; what makes ids of pictures, where a source gives pictures.
@@ -33,17 +34,16 @@ class LikelihoodEvaluator:
         classes.
     """
 
-    primary = "ar_val_loss"
-
     def __init__(
         self,
         cfg: Mapping[str, Any],
-        objective: ARObjective,
+        objective: GeneratorObjective,
         mesh: Mesh,
         train: data.Source,
         frozen: Mapping[str, Any],
     ):
         self._cfg, self._train, self._model = cfg, train, objective.generator
+        self.primary = f"{objective.name}_val_loss"
         self.bad_records: dict[str, str] = {}
         self._held_out = held_out(cfg, train, self._model.num_classes)
         self._likelihood = Likelihood(objective, mesh, min(cfg["eval"]["batch"], cfg["eval"]["num_images"]))
@@ -86,25 +86,26 @@ class LikelihoodEvaluator:
 
 
 class Likelihood:
-    """Mean nats per id of pictures under a generator, teacher-forced, with their true class.
+    """Mean nats per id of pictures under a generator, with their true class (see `GeneratorObjective.held_out`).
 
     Args:
       batch: pictures at once, rounded up to what divides over the mesh.
     """
 
-    def __init__(self, objective: ARObjective, mesh: Mesh, batch: int):
+    def __init__(self, objective: GeneratorObjective, mesh: Mesh, batch: int):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self._mesh = -(-batch // shards) * shards, mesh
+        self._names = f"{objective.name}_val_loss", f"{objective.name}_val_accuracy"
 
-        def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, valid_B: jax.Array) -> Any:
+        def scores(params: Any, ids_BK: jax.Array, class_B: jax.Array, number_B: jax.Array, valid_B: jax.Array) -> Any:
             with placing(sharding.placement(mesh)):
-                loss_BK, right_BK = objective.scores(params, ids_BK, class_B)
-            return jax.tree.map(lambda x: jnp.sum(x.mean(-1) * valid_B), (loss_BK, right_BK))
+                per_image = objective.held_out(params, ids_BK, class_B, number_B)
+            return jax.tree.map(lambda x_B: jnp.sum(x_B * valid_B), per_image)
 
         self._scores = jax.jit(scores, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Mapping[str, Any], parts: Iterable[Part]) -> dict[str, float]:
-        """Parameters by group and pictures, in parts → {"ar_val_loss", "ar_val_accuracy", "num_images"}.
+        """Parameters by group and pictures, in parts → {"ar_val_loss" or such, its accuracy, "num_images"}.
 
         Raises:
           ValueError: there is no picture.
@@ -114,12 +115,13 @@ class Likelihood:
             for start in range(0, len(ids_MK), self.batch):
                 at = np.minimum(np.arange(start, start + self.batch), len(ids_MK) - 1)
                 valid = (np.arange(start, start + self.batch) < len(ids_MK)).astype(np.float32)
-                rows = (sharding.place_rows(x, self._mesh) for x in (ids_MK[at], class_M[at], valid))
+                numbers = (total + at).astype(np.int32)
+                rows = (sharding.place_rows(x, self._mesh) for x in (ids_MK[at], class_M[at], numbers, valid))
                 sums += np.array(jax.device_get(self._scores(params, *rows)), np.float64)
             total += len(ids_MK)
         if not total:
             raise ValueError("there is no held-out picture that can be read")
-        return {**dict(zip(("ar_val_loss", "ar_val_accuracy"), (sums / total).tolist())), "num_images": total}
+        return {**dict(zip(self._names, (sums / total).tolist())), "num_images": total}
 
 
 def encoded_ids(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gigatok_jax import data, distributed, sharding
 from gigatok_jax.metrics import Progress
 from gigatok_jax.nn.constrain import placing
-from gigatok_jax.objectives.ar import ARObjective
+from gigatok_jax.objectives.generator import GeneratorObjective
 
 
 class PictureIds:
@@ -22,7 +22,7 @@ class PictureIds:
     """
 
     def __init__(
-        self, cfg: Mapping[str, Any], objective: ARObjective, mesh: Mesh, frozen: Mapping[str, Any], batch: int
+        self, cfg: Mapping[str, Any], objective: GeneratorObjective, mesh: Mesh, frozen: Mapping[str, Any], batch: int
     ):
         self._cfg, self._mesh, self._frozen, self._batch = cfg, mesh, frozen, batch
         self._rows = sharding.process_rows(mesh, batch)

@@ -62,6 +62,18 @@ class Bundle(NamedTuple):
         """Of a tokenizer: what token shards and generators keep of it."""
         return facts(self.section, self.hash)
 
+    def check_ids(self) -> None:
+        """Raises ValueError for a tokenizer that makes no ids."""
+        check_ids(self.section, self.folder or "this bundle")
+
+    def check_images(self) -> None:
+        """Raises ValueError for a tokenizer whose decoder makes no images."""
+        if self.section.get("head") == "proxy":
+            raise ValueError(
+                f"{self.folder or 'this bundle'} is of a tokenizer that decodes to a proxy tokenizer's ids, not to "
+                "images: join it with that one's bundle, `python -m gigatok_jax.export … --proxy=BUNDLE`"
+            )
+
 
 def save(
     folder: str | os.PathLike,
@@ -197,6 +209,15 @@ def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path,
 def facts(section: Mapping[str, Any], digest: str) -> dict[str, Any]:
     """What token shards and generators keep of the tokenizer of a section and hash."""
     return {"hash": digest, **{name: section[name] for name in ("codebook_size", "num_latent_tokens", "image_size")}}
+
+
+def check_ids(section: Mapping[str, Any], where: Any) -> None:
+    """Raises ValueError for the section of a tokenizer that makes no ids."""
+    if not section["codebook_size"]:
+        raise ValueError(
+            f"{where} is of a tokenizer with continuous latents (bottleneck={section['bottleneck']}), which have no "
+            "ids: use `encode` and `decode` of its pipeline, or a tokenizer with a codebook where ids are wanted"
+        )
 
 
 def check_pair(generator: Bundle, tokenizer_hash: str) -> None:

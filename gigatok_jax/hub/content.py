@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gigatok_jax.hub.sections import RUN_ONLY, checked_section
+from gigatok_jax.hub.sections import ADDED, RUN_ONLY, checked_section, completed
 
 SCHEMA = 2
 FORMS = (1, SCHEMA)  # form 1 differs in its hash alone, which leaves out class names and tokenizer
@@ -34,6 +34,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has unknown or missing fields: {', '.join(wrong)}")
     if content["schema"] not in FORMS:
         raise ValueError(f"{path} has form {content['schema']}, this version reads forms {FORMS[0]} to {SCHEMA}")
+    content["section"] = completed(content["section"])
     check(content, str(path))
     if content["hash"] != digest(content):
         raise ValueError(
@@ -70,8 +71,13 @@ def check(content: Mapping[str, Any], where: str) -> None:
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """The hash of a bundle: of all that its `config.json` says but how it is run and where it comes from."""
-    computed = {name: value for name, value in content["section"].items() if name not in RUN_ONLY}
+    """The hash of a bundle: of all that its `config.json` says but how it is run and where it comes from.
+
+    A field that its family got later counts only where it is not as before: the hash of what was made then stays.
+    """
+    section = content["section"]
+    before = ADDED.get(section["family"], {}).items()
+    computed = {name: value for name, value in section.items() if name not in RUN_ONLY and (name, value) not in before}
     covered = [content["kind"], computed, content["weights_sha256"]]
     if content["schema"] > 1:
         covered += [content["class_names"], content["tokenizer"]]

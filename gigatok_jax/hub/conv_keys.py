@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from gigatok_jax.hub.keymap import Entry
 
 
-def conv(key: str, path: str, out: int, inp: int, size: int) -> Iterator[Entry]:
-    """A biased `size`×`size` convolution."""
+def conv(key: str, path: str, out: int, inp: int, size: int, bias: bool = True) -> Iterator[Entry]:
+    """A `size`×`size` convolution."""
     yield Entry(f"{key}.weight", (f"{path}/kernel",), "conv", (out, inp, size, size))
-    yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (out,))
+    if bias:
+        yield Entry(f"{key}.bias", (f"{path}/bias",), "vector", (out,))
 
 
 def dense(key: str, path: str, out: int, inp: int, layer: int | None = None, kind: str = "dense") -> Iterator[Entry]:

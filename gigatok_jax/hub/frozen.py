@@ -24,7 +24,8 @@ def resolved(cfg: ConfigDict) -> ConfigDict:
     """
     if not objectives.has_first_stage(cfg):
         return cfg
-    _, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
+    folder, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
+    bundle.check_ids(content["section"], folder)
     cfg = cfg.copy_and_resolve_references().unlock()
     # Fused kernels have no float32.
     cfg.first_stage.update(content["section"], attention="xla")
@@ -64,9 +65,14 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     if roles:
         found = load(roles, cfg["frozen"], grid=objectives.latent_grid(cfg), mesh=mesh, preset=preset)
     if objectives.has_first_stage(cfg):
-        stage = bundle.load(cfg["first_stage"]["bundle"], "tokenizer", bundle.FIRST_STAGE)
+        stage = bundle.load(cfg["first_stage"]["bundle"], "tokenizer", _first_stage_parts(cfg))
         found |= place({"first_stage": stage.params}, mesh, preset)
     return found
+
+
+def _first_stage_parts(cfg: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What of a first stage a run reads: a generator's makes ids, a tokenizer's proxy also pictures of ids."""
+    return None if cfg["objective"] == "tokenizer" else bundle.FIRST_STAGE
 
 
 def abstract(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -84,9 +90,9 @@ def abstract(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
             found[role].pop("heads", None)  # the weights of LPIPS
     if objectives.has_first_stage(cfg):
         shapes = sections.parameter_shapes("tokenizer", cfg["first_stage"])
-        found["first_stage"] = keymap.unflatten(
-            {path: shape for path, shape in shapes.items() if path.split("/")[0] in bundle.FIRST_STAGE}
-        )
+        parts = _first_stage_parts(cfg)
+        kept = {path: shape for path, shape in shapes.items() if parts is None or path.split("/")[0] in parts}
+        found["first_stage"] = keymap.unflatten(kept)
     where = sharding.state_shardings(found, mesh, cfg["sharding"]["preset"])
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), found, where)
 
@@ -109,7 +115,7 @@ def id_writer(cfg: Mapping[str, Any], source: Any) -> dict[str, Any] | None:
       ValueError: the source's ids are of another tokenizer than the one that the config names.
     """
     made, name = getattr(source, "tokenizer", None), cfg.get("first_stage", {}).get("bundle")
-    if not name:
+    if not name or cfg["objective"] == "tokenizer":
         return made
     content = bundle.open_config(name, "tokenizer")[1]
     named = bundle.facts(content["section"], content["hash"])

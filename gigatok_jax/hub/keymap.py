@@ -45,12 +45,16 @@ def to_ours(array: np.ndarray, kind: str) -> np.ndarray:
         return array[0, :, 0, 0]
     if kind == "shared_table":  # (1, 1, rows, D) → (rows, D)
         return array[0, 0]
+    if kind == "positions":  # (1, rows, D) → (rows, D)
+        return array[0]
     if kind == "token":  # (D,) → (1, 1, D)
         return array[None, None]
     if kind == "rows":  # (rows, D) → (1, rows, D)
         return array[None]
     if kind == "cells":  # (1, cells, D) → (1, 1 + cells, D), zeros first
         return np.pad(array, ((0, 0), (1, 0), (0, 0)))
+    if kind == "channels":  # (C, 1, 1) → (C,)
+        return array[:, 0, 0]
     return array
 
 
@@ -70,12 +74,16 @@ def to_published(array: np.ndarray, kind: str) -> np.ndarray:
         return array[None, :, None, None]
     if kind == "shared_table":
         return array[None, None]
+    if kind == "positions":
+        return array[None]
     if kind == "token":
         return array[0, 0]
     if kind == "rows":
         return array[0]
     if kind == "cells":
         return array[:, 1:]
+    if kind == "channels":
+        return array[:, None, None]
     return array
 
 

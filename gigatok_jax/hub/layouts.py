@@ -1,12 +1,12 @@
 """The forms in which projects publish tokenizers, generators and discriminators."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gigatok_jax import config
-from gigatok_jax.hub import dino_heads, gigatok, gpt, keymap, llamagen, patchgan
+from gigatok_jax.hub import blur, dino_heads, gigatok, gpt, keymap, llamagen, masked, maskgit_vqgan, patchgan, titok
 
 
 class Keys(NamedTuple):
@@ -14,11 +14,13 @@ class Keys(NamedTuple):
 
     section_of: shapes by published name → the config section.   entries: the section → its key list.
     buffers: the section → the closed set of tensors that are dropped, with what they are made anew as.
+    old: tensors that older files hold beside these, which are dropped and not made anew.
     """
 
     section_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
     entries: Callable[[Mapping[str, Any]], list[keymap.Entry]]
     buffers: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] = lambda section: {}
+    old: tuple[str, ...] = ()
 
 
 class ModelLayout(NamedTuple):
@@ -42,6 +44,7 @@ class ModelLayout(NamedTuple):
 
 
 _GIGATOK, _LLAMAGEN = "https://github.com/SilentView/GigaTok", "https://github.com/FoundationVision/LlamaGen"
+_TITOK = "https://github.com/bytedance/1d-tokenizer"
 _RECORDED = "recorded outputs of the published code at narrow sizes; its key lists at every published size"
 _SIDES = ("encoder_width", "encoder_depth", "decoder_width", "decoder_depth")
 _VIT = {name: sizes[:2] for name, sizes in config.VIT_SIZES.items()}
@@ -54,7 +57,21 @@ _PAIRS = (
     ("xl", "xxl"),
 )
 _GPT, _GPT_PARTS = ("width", "depth", "heads"), ("model", "module", "state_dict")
+_MASKED = ("width", "depth", "num_latent_tokens")
+_masked = lambda form: tuple((*s[1:3], s[4]) for s in config.MASKED_SIZES.values() if s[0] == form)  # noqa: E731
 _used = lambda section: gigatok.BUFFERS  # noqa: E731
+
+
+def _titok_sizes() -> Iterator[tuple[Any, ...]]:
+    """What `ModelLayout.sizes` are of every published TiTok."""
+    two_stages = [("large", "large", 32), ("base", "base", 64), ("small", "small", 128)]
+    single = [("base", "large", 64), ("base", "large", 128), ("small", "large", 256)]
+    kl = [("large", "large", 32), ("base", "large", 64), ("base", "large", 128)]
+    for models, bottleneck in ((two_stages, ("vq", 4096, 12)), (single, ("vq", 8192, 64)), (kl, ("kl", 0, 16))):
+        for encoder, decoder, tokens in models:
+            yield config.TITOK_SIZES[encoder][0], config.TITOK_SIZES[decoder][0], tokens, *bottleneck
+
+
 LAYOUTS: dict[str, ModelLayout] = {
     "gigatok": ModelLayout(
         kind="tokenizer",
@@ -75,7 +92,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "learned"},
+        requires={"family": "ar", "positions": "learned"},
         parts=_GPT_PARTS,
         sizes=_GPT,
         known=tuple(config.GPT_SIZES.values()),
@@ -87,7 +104,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(patchgan.section_of, patchgan.section_entries, patchgan.buffers),
-        requires={},
+        requires={"family": "patchgan"},
         parts=("discriminator",),
         sizes=("base_channels", "num_layers"),
         known=((64, 3),),
@@ -99,10 +116,22 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(dino_heads.section_of, dino_heads.section_entries),
-        requires={},
+        requires={"family": "dino"},
         parts=("discriminator",),
         sizes=("width", "num_heads"),
         known=((384, 5),),
+    ),
+    "titok-disc": ModelLayout(
+        kind="discriminator",
+        what="TiTok's and TA-TiTok's discriminator",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(blur.section_of, blur.section_entries, blur.buffers),
+        requires={"family": "blur"},
+        parts=("discriminator",),
+        sizes=("base_channels", "num_layers", "pooling"),
+        known=((128, 3, "blur"),),
     ),
     "llamagen": ModelLayout(
         kind="tokenizer",
@@ -123,9 +152,57 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="MIT",
         tested=_RECORDED,
         keys=Keys(gpt.section_of, gpt.entries),
-        requires={"positions": "rope_2d", "modulation": "none", "qk_norm": False},
+        requires={"family": "ar", "positions": "rope_2d", "modulation": "none", "qk_norm": False},
         parts=_GPT_PARTS,
         sizes=_GPT,
         known=tuple(config.GPT_SIZES.values()),
+    ),
+    "maskgit-vqgan": ModelLayout(
+        kind="tokenizer",
+        what="MaskGIT-VQGAN as TiTok reads it, for any image size",
+        source="https://huggingface.co/fun-research/TiTok (maskgit-vqgan-imagenet-f16-256.bin)",
+        licence="Apache-2.0",
+        tested="recorded outputs of the published code at narrow sizes; its key list at the published size",
+        keys=Keys(maskgit_vqgan.section_of, maskgit_vqgan.entries),
+        requires={"family": "maskgit_vqgan"},
+        parts=("model", "state_dict"),
+        sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
+        known=((128, [1, 1, 2, 2, 4], 1024, 256),),
+    ),
+    "titok": ModelLayout(
+        kind="tokenizer",
+        what="TiTok tokenizers, two-stage and single-stage, VQ and KL",
+        source="https://huggingface.co/yucornetto (tokenizer_titok_*_imagenet)",
+        licence="Apache-2.0",
+        tested="recorded outputs of the published code at narrow sizes; its key lists at every published size",
+        keys=Keys(titok.section_of, titok.entries),
+        requires={"family": "titok"},
+        parts=("model", "state_dict"),
+        sizes=("encoder_width", "decoder_width", "num_latent_tokens", "bottleneck", "codebook_size", "code_dim"),
+        known=tuple(_titok_sizes()),
+    ),
+    "titok-imagebert": ModelLayout(
+        kind="generator",
+        what="TiTok's masked generators ImageBert, of L-32 and B-64",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(masked.section_of, masked.entries, old=masked.OLD),
+        requires={"family": "masked", "architecture": "bert"},
+        parts=("model", "state_dict"),
+        sizes=_MASKED,
+        known=_masked("bert"),
+    ),
+    "titok-uvit": ModelLayout(
+        kind="generator",
+        what="TiTok's masked generator UViTBert, of S-128",
+        source=_TITOK,
+        licence="Apache-2.0",
+        tested=_RECORDED,
+        keys=Keys(masked.section_of, masked.entries),
+        requires={"family": "masked", "architecture": "uvit"},
+        parts=("model", "state_dict"),
+        sizes=_MASKED,
+        known=_masked("uvit"),
     ),
 }

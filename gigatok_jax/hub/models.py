@@ -76,7 +76,7 @@ def write(
     section = section_of(name, {key: tuple(np.shape(value)) for key, value in state.items()}, fields)
     entries, buffers = layout.keys.entries(section), layout.keys.buffers(section)
     try:
-        keymap.check_keys(entries, state, tuple(buffers))
+        keymap.check_keys(entries, state, (*buffers, *layout.keys.old))
     except ValueError as error:
         raise ValueError(f"these are not the weights of {layout.what}: {error}") from None
     read = keymap.leaf_reader(entries, state)
@@ -86,7 +86,7 @@ def write(
         "licence": layout.licence,
         **facts.pop("provenance", {}),
         "dtypes": _dtypes(entries, state),
-        "dropped": sorted(state.keys() & buffers.keys()),
+        "dropped": sorted(state.keys() & {*buffers, *layout.keys.old}),
         "versions": {"gigatok_jax": gigatok_jax.__version__},
     }
     float32 = lambda path: np.require(read(path), np.float32, "C")  # noqa: E731

@@ -10,21 +10,29 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gigatok_jax import config, objectives
+from gigatok_jax.discriminators.blur import BlurDiscriminator
 from gigatok_jax.discriminators.dino import DinoDiscriminator
 from gigatok_jax.discriminators.patchgan import PatchGAN
-from gigatok_jax.generators import ar
 from gigatok_jax.hub import keymap
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
-    "tokenizer": {"gigatok": config.gigatok_tokenizer, "llamagen": config.llamagen_tokenizer},
-    "generator": {"ar": config.ar_generator},
+    "tokenizer": {
+        "gigatok": config.gigatok_tokenizer,
+        "llamagen": config.llamagen_tokenizer,
+        "titok": config.titok_tokenizer,
+        "maskgit_vqgan": config.maskgit_vqgan_tokenizer,
+    },
+    "generator": {"ar": config.ar_generator, "masked": config.masked_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
+        "blur": lambda: ConfigDict({"family": "blur", "base_channels": 128, "num_layers": 3, "pooling": "blur"}),
         "dino": lambda: ConfigDict({"family": "dino", "width": 384, "num_heads": 5}),
     },
 }
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
+# Fields that families have got since bundles were written, and the value that these were made with.
+ADDED: dict[str, dict[str, Any]] = {"gigatok": {"bottleneck": "vq"}}
 MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
 JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 
@@ -34,11 +42,14 @@ def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -
     dtype = jnp.dtype(dtype)
     if section["family"] == "patchgan":
         return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
+    if section["family"] == "blur":
+        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
     if section["family"] == "dino":
         return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
     # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
     section = {**section, "attention": "xla"}
-    return objectives.build_tokenizer(section, dtype) if kind == "tokenizer" else ar.build(section, dtype=dtype)
+    build = objectives.build_tokenizer if kind == "tokenizer" else objectives.build_generator
+    return build(section, dtype)
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -66,6 +77,12 @@ def _shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeSt
     options = {"train": False} if kind == "discriminator" else {}
     shapes = jax.eval_shape(lambda *x: model.init({"params": jax.random.key(0)}, *x, **options), *inputs)
     return dict(sorted(keymap.flatten(shapes if kind == "discriminator" else shapes["params"]).items()))
+
+
+def completed(section: Any) -> Any:
+    """A section, maybe of a version before this one, with the fields that its family has got since."""
+    family = section.get("family") if isinstance(section, dict) else None
+    return {**ADDED.get(family, {}), **section} if isinstance(family, str) else section
 
 
 def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:

@@ -5,8 +5,11 @@
     ids = program.call(safetensors.numpy.load_file("bundle/model.safetensors"), images)
 
 `tokenize`: (weights, (b, S, S, 3) uint8) → (b, K) int32.   `detokenize`: (weights, (b, K) int32) → (b, S, S, 3) uint8.
+Of a tokenizer with continuous latents `encode` and `decode`, with (b, K, Z) float32 in the place of ids.
 `sample`: (weights, labels (b,) int32, image numbers (b,) int32, seed () uint32, guidance scales (K,) float32) → (b, K)
-int32, at temperature 1. The batch b is any; weights are the bundle's tensors by name, never part of the program.
+int32, at temperature 1; of a masked generator, in place of the scales, the four arrays of `sampling.masked.make_steps`
+for its default number of steps. The batch b is any; weights are the bundle's tensors by name, never part of the
+program.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub.bundle import build_model, parameter_shapes
-from gigatok_jax.objectives.tokenizer import image_ids
-from gigatok_jax.sampling import ar
+from gigatok_jax.objectives.tokenizer import image_codes, image_ids
+from gigatok_jax.sampling import ar, masked
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -54,7 +58,15 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
         return image_ids(model, keymap.unflatten(weights), image_BHWC)
 
     def detokenize(weights: Mapping[str, jax.Array], ids_BK: jax.Array) -> jax.Array:
-        codes = model.apply(variables(weights), ids_BK, method="lookup")
+        return pixels(weights, model.apply(variables(weights), ids_BK, method="lookup"))
+
+    def encode(weights: Mapping[str, jax.Array], image_BHWC: jax.Array) -> jax.Array:
+        return image_codes(model, keymap.unflatten(weights), image_BHWC).latents_BKZ
+
+    def decode(weights: Mapping[str, jax.Array], latents_BKZ: jax.Array) -> jax.Array:
+        return pixels(weights, Codes.of_latents(latents_BKZ))
+
+    def pixels(weights: Mapping[str, jax.Array], codes: Codes) -> jax.Array:
         return to_uint8(model.apply(variables(weights), codes, method="decode")[0])
 
     def sample(
@@ -63,11 +75,24 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
         keys_B = ar.image_keys(seed, number_B)
         return ar.generate(model, keymap.unflatten(weights), class_B, keys_B, scales_K, guided=K)
 
+    def sample_masked(
+        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, *steps_T: jax.Array
+    ) -> jax.Array:
+        keys_B, steps = ar.image_keys(seed, number_B), masked.Steps(*steps_T)
+        return masked.generate(model, keymap.unflatten(weights), class_B, keys_B, steps, guided=True)
+
+    if kind == "generator" and section["family"] == "masked":
+        steps = [shape(*x.shape, dtype=x.dtype) for x in masked.make_steps(K)]
+        return {"sample": (sample_masked, shape(b), shape(b), shape(dtype=jnp.uint32), *steps)}
     if kind == "generator":
         inputs = shape(b), shape(b), shape(dtype=jnp.uint32), shape(K, dtype=jnp.float32)
         return {"sample": (sample, *inputs)}
     size = section["image_size"]
-    return {
-        "tokenize": (tokenize, shape(b, size, size, 3, dtype=jnp.uint8)),
-        "detokenize": (detokenize, shape(b, K)),
-    }
+    images = shape(b, size, size, 3, dtype=jnp.uint8)
+    if section["codebook_size"]:
+        found = {"tokenize": (tokenize, images), "detokenize": (detokenize, shape(b, K))}
+    else:
+        latents = shape(b, K, section["code_dim"], dtype=jnp.float32)
+        found = {"encode": (encode, images), "decode": (decode, latents)}
+    made_of = {name: made for name, made in found.items() if name in ("tokenize", "encode")}
+    return made_of if section.get("head") == "proxy" else found  # whose decoder makes no images

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import ShapeDtypeStruct
 
-from gigatok_jax.hub import inception, keymap, vit_keys
+from gigatok_jax.hub import convnext, inception, keymap, vit_keys
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.hub.stored import read_tensors
 from gigatok_jax.nn.vit import resampled_positions
-from gigatok_jax.teachers import CONVNETS, VITS
+from gigatok_jax.teachers import CONVNETS, CONVNEXTS, VITS
 from gigatok_jax.teachers.inception import NETWORKS as INCEPTIONS
 
 Grid = tuple[int, int]
@@ -46,6 +46,7 @@ _TORCH_FIDELITY = (
 )
 _SIGLIP = "https://huggingface.co/google/siglip-so400m-patch14-224 (model.safetensors)"
 _DFN = "https://huggingface.co/apple/DFN2B-CLIP-ViT-L-14 (open_clip_pytorch_model.bin)"
+_CONVNEXT, _DRAWN = "https://download.pytorch.org/models/convnext_small-0c510722.pth", "torchvision on drawn weights"
 _RECORDED = "recorded outputs of the published code on a narrow network"
 _TRANSFORMERS = "transformers on a narrow network of drawn weights"
 _LIBRARIES = "transformers and timm on narrow networks of drawn weights"
@@ -74,6 +75,7 @@ SOURCES = {
         _LIBRARIES,
     ),
     "dino-s16": Source("DINO v1 ViT-S/16", _DINO, "Apache-2.0", "--from=dino-s16 --in=FILE.pth", _RECORDED),
+    "convnext-s": Source("ConvNeXt-S of ImageNet", _CONVNEXT, "BSD", "--from=convnext-s --in=FILE.pth", _DRAWN),
     "inception": Source(
         "InceptionV3 of FID, in the one layout of pytorch-fid and torch-fidelity",
         f"{_PYTORCH_FID}, or as torch-fidelity's {_TORCH_FIDELITY}",
@@ -149,8 +151,8 @@ def load(name: str, path: str | Path, *, grid: Grid | None = None, dtype: Any = 
       dtype: what floating parameters are cast to, last.
 
     Returns:
-      {"cnn", "heads"} of a convolution network, {"vit"} of a vision transformer, {"params", "batch_stats"} of an
-      Inception.
+      {"cnn", "heads"} of LPIPS's convolution networks, {"cnn"} of a ConvNeXt, {"vit"} of a vision transformer,
+      {"params", "batch_stats"} of an Inception.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -189,6 +191,8 @@ def entries(name: str, state: Mapping[str, Any] | None = None, layout: str = "")
         return list(_convnet(name))
     if name in INCEPTIONS:
         return inception.entries(INCEPTIONS[name])
+    if name in CONVNEXTS:
+        return convnext.entries(CONVNEXTS[name])
     found = vit_keys.layout_of(name, state or {})
     mask_token = vit_keys.NAMES[found].mask_token in (state or {})
     return vit_keys.vit_entries(VITS[name], layout or found, mask_token)
@@ -200,7 +204,7 @@ def droppable(name: str) -> tuple[str, ...]:
         return inception.droppable(INCEPTIONS[name])
     if name in CONVNETS:
         return tuple(f"classifier.{n}.{leaf}" for n in range(7) for leaf in ("weight", "bias"))
-    return vit_keys.beside(name)
+    return () if name in CONVNEXTS else vit_keys.beside(name)
 
 
 def _convnet(name: str) -> Iterator[Entry]:

@@ -1,5 +1,9 @@
-"""The pooling that gives latent queries their start."""
+"""Pooling onto a grid of any size: the means that latent queries start from, and maxima."""
 
+import math
+
+import flax.linen as nn
+import jax
 import numpy as np
 
 
@@ -28,3 +32,19 @@ def multi_level_pooling(num_tokens: int, height: int, width: int) -> np.ndarray:
     for level in range(levels):
         rows.append(np.kron(_area_weights(height, 2 ** (level // 2)), _area_weights(width, 2 ** ((level + 1) // 2))))
     return np.concatenate(rows).astype(np.float32)
+
+
+def adaptive_max_pool(x_BHWC: jax.Array, height: int, width: int) -> jax.Array:
+    """(B, H, W, C) → (B, height, width, C): the maximum of every cell that an output cell touches.
+
+    A map with fewer cells is repeated (PyTorch's `AdaptiveMaxPool2d`).
+    """
+    window = []
+    for axis, out in ((1, height), (2, width)):
+        size = x_BHWC.shape[axis]
+        common = math.gcd(size, out)
+        # Each cell as out / common equal ones: then an output cell is a window of size / common of them.
+        if out > common:
+            x_BHWC = x_BHWC.repeat(out // common, axis)
+        window.append(size // common)
+    return nn.max_pool(x_BHWC, tuple(window), tuple(window))

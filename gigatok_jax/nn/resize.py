@@ -34,6 +34,14 @@ def bilinear(size: int, out: int) -> np.ndarray:
     return _two_taps(np.maximum((np.arange(out) + 0.5) * (size / out) - 0.5, 0.0), size)
 
 
+def bilinear_antialias(size: int, out: int) -> np.ndarray:
+    """(out, size) weights of a triangle, widened when reducing, renormalised at the edges (`antialias=True`)."""
+    scale = max(size / out, 1.0)
+    centre = (np.arange(out)[:, None] + 0.5) * (size / out)
+    weights = np.clip(1.0 - np.abs((np.arange(size) + 0.5 - centre) / scale), 0.0, None)
+    return weights / weights.sum(1, keepdims=True)
+
+
 def bilinear_tf1(size: int, out: int) -> np.ndarray:
     """(out, size) weights of two taps with pixel centres at whole numbers, so that cell i is read at i · size / out
     and the picture moves towards its end (TensorFlow 1's `resize_bilinear`)."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.nn.attention import MultiHeadAttention
 from gigatok_jax.nn.constrain import constrain, gathered
-from gigatok_jax.nn.initializers import Init, small_normal
+from gigatok_jax.nn.initializers import Init, packed_xavier, small_normal
 from gigatok_jax.nn.norms import layer_norm
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -57,7 +57,7 @@ class ViTLayer(nn.Module):
     """x += γ·Attention(LN x); x += γ·MLP(LN x).
 
     γ is a learned scale per channel with `layer_scale`, else 1; `mlp` and `hidden` are the kind and width of the MLP,
-    `epsilon` is LayerNorm's.
+    `epsilon` is LayerNorm's, `qkv_init` and `qkv_bias` are the attention's.
     """
 
     num_heads: int
@@ -68,6 +68,8 @@ class ViTLayer(nn.Module):
     hidden: int = 0
     layer_scale: bool = False
     epsilon: float = 1e-5
+    qkv_init: Init = packed_xavier
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
@@ -76,9 +78,8 @@ class ViTLayer(nn.Module):
                 return y_BND
             return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:]).astype(self.dtype)
 
-        attention = MultiHeadAttention(
-            self.num_heads, self.attention, self.dtype, self.kernel_init, name="self_attention"
-        )
+        sizes = self.num_heads, self.attention, self.dtype, self.kernel_init, self.qkv_init, self.qkv_bias
+        attention = MultiHeadAttention(*sizes, name="self_attention")
         a = layer_norm(self.dtype, "norm_self", self.epsilon)(x_BND)
         x_BND = x_BND + scaled("scale_self", attention(a, a, a))
         mlp = Mlp(self.hidden, self.dtype, self.kernel_init, self.mlp, name="mlp")
@@ -144,10 +145,18 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BND: jax.Array, *context: jax.Array | None, taps: tuple[int, ...] = ()
-    ) -> tuple[jax.Array, dict[int, jax.Array]]:
+        self,
+        x_BND: jax.Array,
+        *context: jax.Array | None,
+        taps: tuple[int, ...] = (),
+        keep: bool = False,
+        beside_LBND: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Returns the last layer's output and {tap: output of layer number `tap`, counted from 1}.
 
+        Args:
+          keep: in place of the taps, the outputs of all layers as one array (L, B, N, D).
+          beside_LBND: what each layer has of its own, given to it after its input.
         Raises:
           ValueError: for a tap outside 1..depth, or an unknown layer or remat policy.
         """
@@ -158,27 +167,29 @@ class Stack(nn.Module):
         layer = self._layer()
 
         def init(key: jax.Array) -> Any:
-            keys = jax.random.split(key, self.depth)
-            return jax.vmap(lambda key: layer.init({"params": key}, x_BND, *context)["params"])(keys)
+            keys, own = jax.random.split(key, self.depth), () if beside_LBND is None else (beside_LBND[0],)
+            return jax.vmap(lambda key: layer.init({"params": key}, x_BND, *own, *context)["params"])(keys)
 
-        def apply(params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-            rngs = None if key is None else {"dropout": key}
-            return constrain(layer.apply({"params": gathered(params)}, x, *context, rngs=rngs), "batch", None, "embed")
+        def apply(params: Any, x: jax.Array, key: jax.Array | None, own: jax.Array | None) -> jax.Array:
+            rngs, inputs = None if key is None else {"dropout": key}, (x,) if own is None else (x, own)
+            y = layer.apply({"params": gathered(params)}, *inputs, *context, rngs=rngs)
+            return constrain(y, "batch", None, "embed")
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
-        def body(carry: tuple[jax.Array, dict[int, jax.Array]], numbered: tuple[Any, ...]) -> tuple[Any, None]:
-            (x, tapped), (number, params, key) = carry, numbered
-            x = apply(params, x, key)
-            return (x, {tap: jnp.where(number == tap, x, before) for tap, before in tapped.items()}), None
+        def body(carry: tuple[jax.Array, dict[int, jax.Array]], numbered: tuple[Any, ...]) -> tuple[Any, Any]:
+            (x, tapped), (number, params, key, own) = carry, numbered
+            x = apply(params, x, key, own)
+            tapped = {tap: jnp.where(number == tap, x, before) for tap, before in tapped.items()}
+            return (x, tapped), x if keep else None
 
         params = self.param("layers", init)
         tapped = {tap: constrain(jnp.zeros_like(x_BND), "batch", None, "embed") for tap in taps}
         keys = jax.random.split(self.make_rng("dropout"), self.depth) if self.has_rng("dropout") else None
-        numbered = jnp.arange(1, self.depth + 1), params, keys
-        (x_BND, tapped), _ = jax.lax.scan(body, (x_BND, tapped), numbered, unroll=self.unroll)
-        return x_BND, tapped
+        numbered = jnp.arange(1, self.depth + 1), params, keys, beside_LBND
+        (x_BND, tapped), kept = jax.lax.scan(body, (x_BND, tapped), numbered, unroll=self.unroll)
+        return x_BND, kept if keep else tapped
 
     def step(self, x_B1D: jax.Array, caches: list[Any], position: jax.Array, *context: Any) -> tuple[Any, list[Any]]:
         """One position through every layer, in a program without a scan; → (output, caches).

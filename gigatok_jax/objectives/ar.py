@@ -1,106 +1,46 @@
 """The objective of autoregressive training: the cross-entropy of every id given its class and the ids before it."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gigatok_jax.generators.ar import GPT
-from gigatok_jax.nn.constrain import constrain
-from gigatok_jax.objectives.tokenizer import image_ids
-from gigatok_jax.tokenizers.tokenizer import Tokenizer
+from gigatok_jax.objectives.generator import GeneratorObjective, Loss, Phase
 
 
-class Phase(NamedTuple):
-    """One program for the whole run."""
-
-
-class ARObjective(NamedTuple):
-    """Built once from a config; every method is pure.
-
-    A batch has "label" (B,) and "ids" (B, K), int32; where a first stage makes the ids, "image" (B, S, S, 3) uint8
-    stands in their place, and the parameters of the first stage travel in `frozen` under its name.
-    """
+@dataclasses.dataclass(frozen=True)
+class ARObjective(GeneratorObjective):
+    """Every id counts the same."""
 
     generator: GPT
-    class_dropout: float
-    first_stage: Tokenizer | None = None
 
-    shown = ("loss/total", "accuracy")
+    name = "ar"
 
-    def check(self, source: Any) -> None:
-        """Compares what makes the training ids, and the classes of their source, with the generator.
-
-        Raises:
-          ValueError: naming the config's field and what it should be.
-        """
-        model, stage = self.generator, self.first_stage
-        if stage is None:
-            made = source.tokenizer
-        else:
-            made = {"codebook_size": stage.bottleneck.codebook_size, "num_latent_tokens": stage.num_latent_tokens}
-        for field in ("codebook_size", "num_latent_tokens"):
-            if getattr(model, field) != (value := made[field]):
-                raise ValueError(
-                    f"config.generator.{field}={getattr(model, field)}, but the ids' tokenizer has {value}: set "
-                    f"--config.generator.{field}={value}"
-                )
-        if len(source.class_names) > model.num_classes:
-            count = len(source.class_names)
-            raise ValueError(
-                f"config.generator.num_classes={model.num_classes}, but the training set has {count} classes: set "
-                f"--config.generator.num_classes={count}"
-            )
-
-    def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(params by group, state)."""
-        ids = jnp.zeros((1, self.generator.num_latent_tokens), jnp.int32)
-        return {"generator": self.generator.init({"params": key}, ids, ids[:, 0])["params"]}, {}
-
-    def phase(self, step: int) -> Phase:
-        """The phase of the step counted from 0."""
-        del step
-        return Phase()
-
-    def phases(self, num_steps: int) -> list[Phase]:
-        """The phases of a run, in order."""
-        return [self.phase(num_steps)]
-
-    def batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a batch of `rows` images looks like."""
-        label = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        if self.first_stage is None:
-            return {"ids": jax.ShapeDtypeStruct((rows, self.generator.num_latent_tokens), jnp.int32), "label": label}
-        size = self.first_stage.image_size
-        return {"image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8), "label": label}
-
-    def ids(self, frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
-        """(B, K) ids of a batch, as they stand there or made of its pictures."""
-        if self.first_stage is None:
-            return batch["ids"]
-        return constrain(image_ids(self.first_stage, frozen["first_stage"], batch["image"]), "batch", None)
-
-    def active(self, phase: Phase) -> tuple[str, ...]:
-        """The groups that are trained in a phase."""
-        del phase
-        return ("generator",)
-
-    def loss(self, phase: Phase) -> Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]:
+    def loss(self, phase: Phase) -> Loss:
         """(params, state, frozen, batch, key, step) → (loss, (state, metrics)) of a phase."""
         del phase
 
         def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
             del step
             class_key, dropout_key = jax.random.split(key)
-            null_B = jax.random.bernoulli(class_key, self.class_dropout, batch["label"].shape)
-            class_B = jnp.where(null_B, self.generator.num_classes, batch["label"])
+            class_B = self.classes(class_key, batch["label"])
             loss_BK, right_BK = self.scores(params, self.ids(frozen, batch), class_B, rngs={"dropout": dropout_key})
             loss = loss_BK.mean()
             return loss, (state, {"loss/ar": loss, "accuracy": right_BK.mean()})
 
         return objective
+
+    def held_out(
+        self, params: Mapping[str, Any], ids_BK: jax.Array, class_B: jax.Array, number_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The means of `scores` over each image; its number is not read."""
+        del number_B
+        loss_BK, right_BK = self.scores(params, ids_BK, class_B)
+        return loss_BK.mean(-1), right_BK.mean(-1)
 
     def scores(
         self, params: Mapping[str, Any], ids_BK: jax.Array, class_B: jax.Array, rngs: Any = None
@@ -109,12 +49,3 @@ class ARObjective(NamedTuple):
         logits, _ = self.generator.apply({"params": params["generator"]}, ids_BK, class_B, rngs=rngs)
         loss_BK = optax.softmax_cross_entropy_with_integer_labels(logits, ids_BK)
         return loss_BK, (jnp.argmax(logits, axis=-1) == ids_BK).astype(jnp.float32)
-
-    def facts(self) -> dict[str, Any]:
-        """What a report says about the model."""
-        model = self.generator
-        return {"num_latent_tokens": model.num_latent_tokens, "codebook_size": model.codebook_size}
-
-    def usage_window(self, global_batch: int) -> int | None:
-        """Steps over which codebook usage is counted: it is not."""
-        del global_batch

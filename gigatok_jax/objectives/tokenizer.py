@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
@@ -28,11 +30,14 @@ class Weights(NamedTuple):
     pixel_weight: float
     perceptual_weight: float
     perceptual_network: str
+    convnext_weight: float
     semantic_weight: float
     semantic_teacher: str
     codebook_weight: float
     commitment_weight: float
     entropy_weight: float
+    kl_weight: float
+    proxy_weight: float
     feature_weight: float
     direct: bool
     auxiliary_end: int
@@ -41,6 +46,7 @@ class Weights(NamedTuple):
     discriminator: str
     discriminator_weight: float
     discriminator_start: int
+    lecam: str
     lecam_weight: float
     usage_window: int
 
@@ -49,8 +55,10 @@ class TokenizerObjective(NamedTuple):
     """Built once from a config; every method is pure.
 
     Loss terms are reported weighted, as they enter the total. Steps are counted from 0 here and from 1 in the
-    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual" and "semantic" to
-    functions whose parameters travel in `frozen` under the same names.
+    thresholds (`auxiliary_end`, `discriminator_start`), as published. `teachers` maps "perceptual", "logits" and
+    "semantic" to functions whose parameters travel in `frozen` under the same names. With a `proxy`, whose parameters
+    travel there as "first_stage", the tokenizer's decoder gives logits over the proxy's ids (stage 1 of TiTok): their
+    cross-entropy stands in the place of the losses of images.
     """
 
     tokenizer: Tokenizer
@@ -59,11 +67,13 @@ class TokenizerObjective(NamedTuple):
     codebook_size: int
     teachers: Mapping[str, Teacher]
     accumulate: int = 1
+    proxy: Tokenizer | None = None
 
     @property
     def shown(self) -> tuple[str, ...]:
         """What the progress line shows."""
-        return "loss/total", f"loss/{self.weights.pixel}", "codebook/usage"
+        codes = "codebook/usage" if self.codebook_size else "loss/kl"
+        return "loss/total", "loss/proxy" if self.proxy else f"loss/{self.weights.pixel}", codes
 
     def check(self, source: Any) -> None:
         """Raises ValueError for a source of ids; any source of images will do."""
@@ -75,15 +85,19 @@ class TokenizerObjective(NamedTuple):
         size = self.tokenizer.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         tokenizer_key, discriminator_key = jax.random.split(key)
-        params = {"tokenizer": self.tokenizer.init(tokenizer_key, image)["params"]}
-        state: dict[str, Any] = {"last_used": jnp.full((self.codebook_size,), NEVER, jnp.int32)}
+        variables = self.tokenizer.init(tokenizer_key, image)
+        params, state = {"tokenizer": variables["params"]}, {}
+        if kept := {name: value for name, value in variables.items() if name != "params"}:
+            state["tokenizer"] = kept
+        if self.codebook_size:
+            state["last_used"] = jnp.full((self.codebook_size,), NEVER, jnp.int32)
         if self.discriminator is not None:
             variables = self.discriminator.init(discriminator_key, image, train=False)
             params["discriminator"] = variables["params"]
             # Whatever else it keeps, by collection: running statistics, spectral-norm vectors.
             state["discriminator"] = {name: value for name, value in variables.items() if name != "params"}
             if self.weights.lecam_weight:
-                state["lecam"] = lecam.lecam_init()
+                state["lecam"] = lecam.lecam_init(self.weights.lecam)
         return params, state
 
     def phase(self, step: int) -> Phase:
@@ -111,17 +125,23 @@ class TokenizerObjective(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """What a report says about the model."""
-        tokenizer = self.tokenizer
-        facts = {"image_size": tokenizer.image_size, "num_latent_tokens": tokenizer.num_latent_tokens}
-        return {**facts, "codebook_size": self.codebook_size}
+        sizes = {name: getattr(self.tokenizer, name) for name in ("image_size", "num_latent_tokens")}
+        return {**sizes, "codebook_size": self.codebook_size}
 
     def usage_window(self, global_batch: int) -> int | None:
-        """Steps over which codebook usage is counted."""
-        return -(-self.weights.usage_window // (global_batch * self.tokenizer.num_latent_tokens))
+        """Steps over which codebook usage is counted; None where there is no codebook."""
+        latent_tokens = global_batch * self.tokenizer.num_latent_tokens
+        return -(-self.weights.usage_window // latent_tokens) if self.codebook_size else None
 
-    def reconstruct(self, params: Mapping[str, Any], image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images in [−1, 1] → (reconstructions, ids)."""
+    def reconstruct(
+        self, params: Mapping[str, Any], frozen: Mapping[str, Any], image_BHWC: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Images in [−1, 1] → (reconstructions, ids; None where latents are continuous)."""
         image, codes, _ = self.tokenizer.apply({"params": params["tokenizer"]}, image_BHWC)
+        if self.proxy:
+            variables, ids_BN = {"params": frozen["first_stage"]}, jnp.argmax(image, axis=-1)
+            found = self.proxy.apply(variables, ids_BN, method="lookup")
+            image, _ = self.proxy.apply(variables, found, method="decode")
         return image, codes.ids_BK
 
     def loss(self, phase: Phase) -> Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]:
@@ -129,14 +149,18 @@ class TokenizerObjective(NamedTuple):
 
         def objective(params: Any, state: Any, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
             image = to_unit_range(batch["image"])
-            variables = {"params": params["tokenizer"]}
-            recon, codes, out = self.tokenizer.apply(variables, image, train=True)
+            kept = state.get("tokenizer", {})
+            variables = {"params": params["tokenizer"], **kept}
+            # A stream of its own: what else is drawn of `key` does not depend on the bottleneck.
+            options = {"key": jax.random.fold_in(key, 0), "train": True}
+            (recon, codes, out), kept = self.tokenizer.apply(variables, image, mutable=list(kept), **options)
+            state = {**state, "tokenizer": kept} if kept else state
             images = {"": recon}
             if phase.auxiliary and self.weights.direct:
                 images["direct_"] = self.tokenizer.apply(variables, out["cnn"], method="decode_features")
-            terms = self._image_terms(images, image, frozen)
+            terms = self._proxy_term(recon, image, frozen) if self.proxy else self._image_terms(images, image, frozen)
             terms |= self._code_terms(codes.losses, out, image, frozen, phase)
-            usage_state, metrics = self._usage(codes.ids_BK, state, step)
+            usage_state, metrics = self._usage(codes.ids_BK, state, step) if self.codebook_size else ({}, {})
             state = {**state, **usage_state}
             if phase.adversarial:
                 adversarial_terms, state, scores = self._adversarial(
@@ -148,6 +172,16 @@ class TokenizerObjective(NamedTuple):
 
         return objective
 
+    def edited(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(params, state) after the edits of the codebook that `state` holds; what the optimiser then moves."""
+        if "edits" not in (kept := state.get("tokenizer", {})):
+            return params, state
+        edits, parts = kept["edits"]["bottleneck"], params["tokenizer"]
+        codebook = edits["keep"][:, None] * parts["bottleneck"]["codebook"] + edits["add"]
+        none = {"keep": jnp.ones_like(edits["keep"]), "add": jnp.zeros_like(edits["add"])}
+        params = {**params, "tokenizer": {**parts, "bottleneck": {**parts["bottleneck"], "codebook": codebook}}}
+        return params, {**state, "tokenizer": {**kept, "edits": {"bottleneck": none}}}
+
     def _image_terms(self, images: dict[str, jax.Array], target: jax.Array, frozen: Any) -> dict[str, jax.Array]:
         w, terms = self.weights, {}
         distance = {"l1": pixel.l1, "l2": pixel.l2}[w.pixel]
@@ -156,13 +190,23 @@ class TokenizerObjective(NamedTuple):
             if w.perceptual_weight:
                 perceptual = self.teachers["perceptual"](frozen["perceptual"], image, target)
                 terms[f"{prefix}perceptual"] = w.perceptual_weight * perceptual
+            if w.convnext_weight:
+                convnext = self.teachers["logits"](frozen["logits"], image, target)
+                terms[f"{prefix}convnext"] = w.convnext_weight * convnext
         return terms
+
+    def _proxy_term(self, logits_BNV: jax.Array, image: jax.Array, frozen: Any) -> dict[str, jax.Array]:
+        """The cross-entropy of the proxy's ids of the image (TiTok, §3.3)."""
+        ids_BN = image_ids(self.proxy, frozen["first_stage"], image)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits_BNV, ids_BN).mean()
+        return {"proxy": self.weights.proxy_weight * loss}
 
     def _code_terms(
         self, losses: Mapping[str, jax.Array], out: Any, image: jax.Array, frozen: Any, phase: Phase
     ) -> dict[str, jax.Array]:
         w = self.weights
         weights = {"codebook": w.codebook_weight, "commitment": w.commitment_weight, "entropy": w.entropy_weight}
+        weights["kl"] = w.kl_weight
         terms = {name: weights[name] * value for name, value in losses.items() if weights[name]}
         if phase.auxiliary and w.feature_weight:
             terms["feature"] = w.feature_weight * semantic.feature_match(out["pre_decoder_cnn"], out["cnn"])
@@ -227,19 +271,28 @@ class TokenizerObjective(NamedTuple):
         logits_fake = fakes[""]
         state = {**state, "discriminator": kept}
         if w.lecam_weight:
-            averages = lecam.lecam_update(
-                state["lecam"], logits_real, logits_fake, step=step + 1, start_step=w.discriminator_start + 1000
+            penalty, state["lecam"] = lecam.lecam(
+                w.lecam,
+                state["lecam"],
+                logits_real,
+                logits_fake,
+                step=step + 1,
+                discriminator_start=w.discriminator_start,
             )
-            state["lecam"] = averages
-            terms["lecam"] = w.lecam_weight * lecam.lecam_penalty(logits_real, logits_fake, averages)
+            terms["lecam"] = w.lecam_weight * penalty
         return terms, state, {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
 
 
 def image_ids(tokenizer: Tokenizer, params: Any, image_BHWC: jax.Array) -> jax.Array:
     """Images, uint8 or float in [−1, 1], → (B, K) int32 ids; reads no parameters of the decoder."""
+    return image_codes(tokenizer, params, image_BHWC).ids_BK
+
+
+def image_codes(tokenizer: Tokenizer, params: Any, image_BHWC: jax.Array) -> Codes:
+    """Images, uint8 or float in [−1, 1], → codes; reads no parameters of the decoder."""
     # As published. Left to themselves, TPUs would multiply float32 in bfloat16, and ids would flip.
     with jax.default_matmul_precision("tensorfloat32"):
-        return tokenizer.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0].ids_BK
+        return tokenizer.apply({"params": params}, to_unit_range(image_BHWC), method="encode")[0]
 
 
 def to_unit_range(image: jax.Array) -> jax.Array:

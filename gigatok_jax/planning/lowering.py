@@ -7,7 +7,6 @@ import jax
 from gigatok_jax import programs, sharding
 from gigatok_jax.blueprint import Blueprint, counted
 from gigatok_jax.hub import frozen
-from gigatok_jax.sampling import precision
 from gigatok_jax.scaling.flops import Flops, count_flops, flops_by_network
 from gigatok_jax.train_step import lower_step, make_train_step
 
@@ -71,8 +70,7 @@ def _inference(plan: Blueprint, fn: Any, flops: Flops, params: Any, batch: Any) 
 def _sample(plan: Blueprint) -> Lowered:
     """Prefill and all positions, with guidance, from bfloat16 weights where the config's are."""
     rows, dtype = plan.cfg.global_batch // plan.cfg.accumulate, plan.cfg.dtype
-    depth = plan.objective.generator.stack.depth
-    shapes = jax.eval_shape(lambda params: precision.held(params, depth, dtype), plan.abstract.params["generator"])
+    shapes = jax.eval_shape(lambda params: programs.held(plan, params, dtype), plan.abstract.params["generator"])
     where = sharding.state_shardings({"params": {"generator": shapes}}, plan.mesh, plan.cfg.sharding.preset)
     held = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),

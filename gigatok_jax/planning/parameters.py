@@ -99,7 +99,7 @@ def plan_params(cfg: Mapping[str, Any], depth: int = 2) -> tuple[str, dict[str, 
     Raises:
       ValueError: for a config that cannot be built.
     """
-    if cfg["objective"] == "ar":
+    if "generator" in cfg:
         params = generator_shapes(cfg)
         return parameter_table(params, depth), {
             "params": count(params),

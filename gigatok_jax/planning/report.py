@@ -67,7 +67,8 @@ def misfit(row: Mapping[str, Any]) -> str:
 def advice(row: Mapping[str, Any]) -> str:
     """What of its settings would make a program smaller on a device."""
     mesh, settings, train = row["mesh"], row["settings"], row["program"] == "train"
-    section = "generator" if row["program"] == "sample" or "GPT" in row["flops"].get("networks", {}) else "tokenizer"
+    named = {"GPT", "MaskedTransformer"} & row["flops"].get("networks", {}).keys()
+    section = "generator" if row["program"] == "sample" or named else "tokenizer"
     helps = {
         "--mesh=fsdp=N with a larger N": mesh["data"] > 1,
         "a larger --config.accumulate": train,

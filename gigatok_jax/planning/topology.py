@@ -17,7 +17,7 @@ from gigatok_jax.scaling.chips import Topology
 from gigatok_jax.scaling.projection import project
 from gigatok_jax.sharding import PRESETS
 
-PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample")}
+PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample"), "masked": ("train", "sample")}
 # The compiler asks nobody on the network what machine this is, and lets others beside it.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

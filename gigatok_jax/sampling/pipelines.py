@@ -2,99 +2,108 @@
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gigatok_jax import sharding
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.evals.reconstruction import to_uint8
-from gigatok_jax.hub import frozen
-from gigatok_jax.hub.bundle import Bundle, copy, load
-from gigatok_jax.nn.constrain import gathered, placing
-from gigatok_jax.objectives.tokenizer import image_ids
+from gigatok_jax.hub.bundle import Bundle, load
+from gigatok_jax.nn.constrain import gathered
+from gigatok_jax.objectives.tokenizer import image_codes, image_ids
 from gigatok_jax.sampling import ar, guidance, precision
+from gigatok_jax.sampling.base import LabelPipeline, Pipeline
+from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
 
-MAX_SEED = 2**32 - 1
 ROUNDING = 1e-3  # by which floats may leave [0, 1]
 
 
 def from_pretrained(
     path: str | os.PathLike, *, dtype: str = "float32", mesh: Mesh | None = None
-) -> "TokenizerPipeline | GeneratorPipeline":
-    """A bundle, ready for use: a `TokenizerPipeline` or a `GeneratorPipeline`.
+) -> "TokenizerPipeline | GeneratorPipeline | MaskedPipeline":
+    """A bundle, ready for use: a `TokenizerPipeline`, or the pipeline of a generator's family.
 
     Args:
       path: the bundle's folder, or "hf://owner/name@revision".
-      dtype: of the arithmetic, "float32" or "bfloat16"; of a generator also "int8", of its matrices.
+      dtype: of the arithmetic, "float32" or "bfloat16"; of an AR generator also "int8", of its matrices.
       mesh: devices to spread batches over; all of them by default.
     Raises:
       FileNotFoundError, ValueError, ImportError: as `hub.bundle.load`; for a dtype that it does not run in; for int8
         without the package qwix.
     """
     bundle = load(path)
-    kinds = {"tokenizer": TokenizerPipeline, "generator": GeneratorPipeline}
+    kinds = {"tokenizer": TokenizerPipeline, "generator": generator_pipeline}
     if bundle.kind not in kinds:
         raise ValueError(f"{path} is a bundle of a {bundle.kind}; one of a {' or '.join(kinds)} is wanted")
     return kinds[bundle.kind](bundle, dtype=dtype, mesh=mesh)
 
 
-class _Pipeline:
-    """A bundle's network with its parameters on a mesh; programs are compiled once per batch shape.
-
-    bundle: without its parameters, which are not held a second time on the host.
-    """
-
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-
-    def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
-        if dtype not in self.dtypes:
-            raise ValueError(f"dtype={dtype!r}: a {bundle.kind} runs in one of {', '.join(self.dtypes)}")
-        self.dtype = dtype
-        self.model = bundle.model(precision.arithmetic(dtype).name)
-        self.mesh = mesh or sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
-        # By the name of its group, as in training: the table's rules know a generator by it.
-        self.params = frozen.place({bundle.kind: bundle.params}, self.mesh, "fsdp")[bundle.kind]
-        self.bundle = bundle._replace(params={})
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Copies the bundle that it was made from.
-
-        Raises:
-          ValueError: it is not there any more as it was, or was never in a folder.
-          OSError: `folder` cannot be written.
-        """
-        if self.bundle.folder is None:
-            raise ValueError("this pipeline was made from a bundle in memory: use that bundle's own `save`")
-        copy(self.bundle.folder, folder, self.bundle.hash)
-
-    def _placed(self, rows: np.ndarray) -> tuple[jax.Array, int]:
-        """(rows over the devices, filled up with copies of the last one; how many are real)."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = np.asarray(rows)
-        filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % shards, axis=0)])
-        return sharding.place_rows(filled, self.mesh), len(rows)
-
-    def _jit(self, fn: Any) -> Any:
-        def constrained(*args: Any) -> Any:
-            with placing(sharding.placement(self.mesh)):
-                return fn(*args)
-
-        return jax.jit(constrained, out_shardings=sharding.batch_sharding(self.mesh))
+def generator_pipeline(
+    bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> "GeneratorPipeline | MaskedPipeline":
+    """The pipeline of a generator's bundle, by its family; arguments and errors are `from_pretrained`'s."""
+    families = {"ar": GeneratorPipeline, "masked": MaskedPipeline}
+    return families[bundle.section["family"]](bundle, dtype=dtype, mesh=mesh)
 
 
-class TokenizerPipeline(_Pipeline):
-    """Images ↔ ids by a tokenizer's bundle."""
+class TokenizerPipeline(Pipeline):
+    """Images ↔ ids by a tokenizer's bundle, or ↔ latents where these are continuous or ids say too little."""
 
     def tokenize(self, images: Any) -> np.ndarray:
         """(B, S, S, 3) images, uint8 or float in [0, 1], → (B, K) int32 ids.
 
         Raises:
-          ValueError: for images of another form, size or range.
+          ValueError: for images of another form, size or range; for a tokenizer without ids.
         """
+        self.bundle.check_ids()
+        placed, count = self._placed(self._checked(images))
+        return np.asarray(self._tokenize(self.params, placed))[:count]
+
+    def detokenize(self, ids: Any, *, float_images: bool = False) -> np.ndarray:
+        """(B, K) ids → (B, S, S, 3) images, uint8, or float32 in [0, 1].
+
+        Raises:
+          ValueError: for another number of ids, or ids outside the codebook; for a tokenizer without ids or images.
+        """
+        self.bundle.check_ids()
+        self.bundle.check_images()
+        ids, K, V = np.asarray(ids), self.model.num_latent_tokens, self.bundle.section["codebook_size"]
+        if ids.ndim != 2 or ids.shape[1] != K or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}, this tokenizer takes integers [B, {K}]")
+        if ids.min() < 0 or ids.max() >= V:
+            raise ValueError(f"ids lie in {ids.min()}..{ids.max()}, this tokenizer's codebook in 0..{V - 1}")
+        return self._images(ids.astype(np.int32), float_images)
+
+    def encode(self, images: Any) -> np.ndarray:
+        """(B, S, S, 3) images, uint8 or float in [0, 1], → (B, K, Z) float32 latents (codes, or a KL's means).
+
+        Raises:
+          ValueError: as `tokenize`.
+        """
+        placed, count = self._placed(self._checked(images))
+        return np.asarray(self._encode(self.params, placed))[:count]
+
+    def decode(self, latents: Any, *, float_images: bool = False) -> np.ndarray:
+        """(B, K, Z) latents → (B, S, S, 3) images, uint8, or float32 in [0, 1].
+
+        Raises:
+          ValueError: for latents of another form; for a tokenizer without images.
+        """
+        self.bundle.check_images()
+        latents, sizes = np.asarray(latents), (self.model.num_latent_tokens, self.bundle.section["code_dim"])
+        if latents.ndim != 3 or latents.shape[1:] != sizes or not len(latents) or latents.dtype.kind != "f":
+            raise ValueError(
+                f"latents are {latents.dtype}{list(latents.shape)}, this tokenizer takes floats "
+                f"[B, {', '.join(map(str, sizes))}]"
+            )
+        return self._images(latents.astype(np.float32), float_images)
+
+    def _checked(self, images: Any) -> np.ndarray:
+        """Images as uint8, or float in [−1, 1]."""
         images, size = np.asarray(images), self.model.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
             raise ValueError(f"images are {list(images.shape)}, this tokenizer takes [B, {size}, {size}, 3]: crop them")
@@ -104,46 +113,44 @@ class TokenizerPipeline(_Pipeline):
             raise ValueError(
                 f"images lie in {images.min():.4g}..{images.max():.4g}; floats in [0, 1], or uint8, are wanted"
             )
-        placed, count = self._placed(images if images.dtype == np.uint8 else 2 * images.astype(np.float32) - 1)
-        return np.asarray(self._encode(self.params, placed))[:count]
+        return images if images.dtype == np.uint8 else 2 * images.astype(np.float32) - 1
 
-    def detokenize(self, ids: Any, *, float_images: bool = False) -> np.ndarray:
-        """(B, K) ids → (B, S, S, 3) images, uint8, or float32 in [0, 1].
+    def _images(self, rows: np.ndarray, float_images: bool) -> np.ndarray:
+        """Images of ids (B, K) or latents (B, K, Z)."""
+        placed, count = self._placed(rows)
+        images = (self._decode_float if float_images else self._decode_uint8)(self.params, placed)
+        return np.asarray(images)[:count]
 
-        Raises:
-          ValueError: for another number of ids, or ids outside the codebook.
-        """
-        ids, K, V = np.asarray(ids), self.model.num_latent_tokens, self.bundle.section["codebook_size"]
-        if ids.ndim != 2 or ids.shape[1] != K or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}, this tokenizer takes integers [B, {K}]")
-        if ids.min() < 0 or ids.max() >= V:
-            raise ValueError(f"ids lie in {ids.min()}..{ids.max()}, this tokenizer's codebook in 0..{V - 1}")
-        placed, count = self._placed(ids.astype(np.int32))
-        images = np.asarray((self._decode_float if float_images else self._decode_uint8)(self.params, placed))
-        return images[:count]
+    @functools.cached_property
+    def _tokenize(self) -> Any:
+        return self._jit(lambda params, images: image_ids(self.model, gathered(params), images))
 
     @functools.cached_property
     def _encode(self) -> Any:
-        return self._jit(lambda params, images: image_ids(self.model, gathered(params), images))
+        return self._jit(lambda params, images: image_codes(self.model, gathered(params), images).latents_BKZ)
 
-    def _decode(self, params: Any, ids_BK: jax.Array) -> jax.Array:
-        params = gathered(params)
-        codes = self.model.apply({"params": params}, ids_BK, method="lookup")
-        return self.model.apply({"params": params}, codes, method="decode")[0].astype(jnp.float32)
+    def _decode(self, params: Any, rows: jax.Array) -> jax.Array:
+        variables = {"params": gathered(params)}
+        codes = self.model.apply(variables, rows, method="lookup") if rows.ndim == 2 else Codes.of_latents(rows)
+        return self.model.apply(variables, codes, method="decode")[0].astype(jnp.float32)
 
     @functools.cached_property
     def _decode_uint8(self) -> Any:
-        return self._jit(lambda params, ids: to_uint8(self._decode(params, ids)))
+        return self._jit(lambda params, rows: to_uint8(self._decode(params, rows)))
 
     @functools.cached_property
     def _decode_float(self) -> Any:
-        return self._jit(lambda params, ids: jnp.clip(0.5 * self._decode(params, ids) + 0.5, 0, 1))
+        return self._jit(lambda params, rows: jnp.clip(0.5 * self._decode(params, rows) + 0.5, 0, 1))
 
 
-class GeneratorPipeline(_Pipeline):
-    """Class labels → ids by a generator's bundle, with weights and cache as `precision` has them."""
+class GeneratorPipeline(LabelPipeline):
+    """Class labels → ids by an AR generator's bundle, with weights and cache as `precision` has them."""
 
     dtypes = precision.DTYPES
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **dict(seed=0, scale=1.0, schedule="constant", start=None, end=1.0, peak=0.5, interval=-1),
+        **dict(temperature=1.0, top_k=0, top_p=1.0),
+    }
 
     def __init__(self, bundle: Bundle, *, dtype: str = "float32", mesh: Mesh | None = None):
         super().__init__(bundle, dtype=dtype, mesh=mesh)
@@ -192,15 +199,7 @@ class GeneratorPipeline(_Pipeline):
         **guidance_options: Any,
     ) -> tuple[ar.Draw, np.ndarray]:
         """How ids are drawn and the guidance scale of each, (K,) float32; arguments and errors are `sample`'s."""
-        labels, classes = np.asarray(labels), self.model.num_classes
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; a list of integers is wanted")
-        if labels.min() < 0 or labels.max() > classes:
-            raise ValueError(
-                f"labels lie in {labels.min()}..{labels.max()}, this generator's classes in 0..{classes - 1}"
-            )
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed={seed} is not in 0..{MAX_SEED}")
+        self.check_labels(labels, seed)
         draw = ar.Draw(float(temperature), int(top_k), float(top_p))
         draw.check(self.model.codebook_size)
         return draw, guidance.scales(schedule, scale, self.model.num_latent_tokens, **guidance_options)
@@ -229,12 +228,6 @@ class GeneratorPipeline(_Pipeline):
         follower = self._follower(ar.num_guided(scales))
         drawn, log_p = follower(self.params, *placed, np.uint32(seed), scales, ids)
         return np.asarray(drawn)[:count], np.asarray(log_p)[:count]
-
-    def _numbered(self, labels: Any, first: int) -> tuple[tuple[jax.Array, jax.Array], int]:
-        """((labels, image numbers) over the devices, how many are real)."""
-        numbers = np.arange(first, first + len(labels), dtype=np.int32)
-        (placed, count), (numbers, _) = self._placed(np.asarray(labels, np.int32)), self._placed(numbers)
-        return (placed, numbers), count
 
     # By how many ids are guided, not by how much: a search over scales runs one program.
     @functools.cache  # noqa: B019 (a pipeline and its programs live as long as each other)

@@ -4,6 +4,7 @@ Pure functions of (parameters, images); the parameters come from `hub.teachers.l
 
     semantic("dinov2-b", (16, 16))(params, image) → (B, 256, 768)
     stages("vgg16")(params, image) → five feature maps
+    logits("convnext-s")(params, image) → (B, 1000)
 """
 
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.nn.resize import bicubic, resize
-from gigatok_jax.nn.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSizes, normalised
+from gigatok_jax.nn.resize import bicubic, bilinear_antialias, resize
+from gigatok_jax.nn.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSizes, imagenet_normalised, normalised
 from gigatok_jax.teachers.convnet import ALEXNET, VGG16, ConvNet, Stage
+from gigatok_jax.teachers.convnext import CONVNEXT_S, ConvNeXt, ConvNeXtSizes
 
 Features = Callable[[Any, jax.Array], jax.Array]
 
@@ -39,6 +41,8 @@ STATISTICS = {
     "dfn-clip-l": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 CONVNETS: dict[str, tuple[Stage, ...]] = {"vgg16": VGG16, "alexnet": ALEXNET}
+CONVNEXTS: dict[str, ConvNeXtSizes] = {"convnext-s": CONVNEXT_S}
+CLASSIFIED = 224  # px that a classifier sees
 # Features per position.
 SEMANTIC = {**{name: sizes.width for name, sizes in VITS.items() if name != "dino-s16"}, "vgg16": 512}
 PERCEPTUAL = tuple(CONVNETS)
@@ -90,3 +94,25 @@ def stages(
     kind = nn.remat(ConvNet) if remat else ConvNet
     net = kind(CONVNETS[name], dtype)
     return lambda params, image_BHWC: net.apply({"params": params["cnn"]}, image_BHWC)
+
+
+def logits(name: str, dtype: Any = jnp.float32, remat: bool = False) -> Features:
+    """(params, images in [−1, 1] of any size) → (B, classes) float32 logits of a classifier.
+
+    The image is resized to 224×224 (bilinear, antialiased, as TiTok does before its perceptual loss).
+
+    Args:
+      remat: keep the blocks' inputs only for the backward pass.
+
+    Raises:
+      ValueError: for a name that is not in `CONVNEXTS`.
+    """
+    if name not in CONVNEXTS:
+        raise ValueError(f"classifier {name!r} is not one of {', '.join(CONVNEXTS)}")
+    net = ConvNeXt(CONVNEXTS[name], remat, dtype)
+
+    def classified(params: Any, image_BHWC: jax.Array) -> jax.Array:
+        x_BHWC = imagenet_normalised(resize(image_BHWC, CLASSIFIED, CLASSIFIED, bilinear_antialias))
+        return net.apply({"params": params["cnn"]}, x_BHWC)
+
+    return classified

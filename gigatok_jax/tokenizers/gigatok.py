@@ -5,12 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.hybrid import HybridDecoder
 from gigatok_jax.encoders.hybrid import HybridEncoder
 from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
 from gigatok_jax.nn.initializers import kernels, positions
 from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.tokenizers import bottleneck
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -87,15 +87,10 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     return Tokenizer(
         encoder=HybridEncoder(
             cnn=ConvEncoder(features=cfg["features"], blocks=cfg["encoder_conv_blocks"], **convs),
-            code_dim=cfg["code_dim"],
+            code_dim=bottleneck.width(cfg),
             **part("encoder"),
         ),
-        bottleneck=VectorQuantizer(
-            codebook_size=cfg["codebook_size"],
-            code_dim=cfg["code_dim"],
-            estimator=cfg["estimator"],
-            chunk_size=cfg["codebook_chunk"],
-        ),
+        bottleneck=bottleneck.build(cfg),
         decoder=HybridDecoder(
             cnn=ConvDecoder(blocks=cfg["decoder_conv_blocks"], scale_init=cfg["adaptive_scale_init"], **convs),
             grid=grid,

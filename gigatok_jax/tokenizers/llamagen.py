@@ -14,6 +14,15 @@ from gigatok_jax.tokenizers.gigatok import check_channels, latent_grid
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
+def check_cells(cfg: Mapping[str, Any], grid: tuple[int, int]) -> None:
+    """Raises ValueError where a grid's latent tokens are not its cells."""
+    if cfg["num_latent_tokens"] != grid[0] * grid[1]:
+        raise ValueError(
+            f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but at image_size={cfg['image_size']} the grid "
+            f"is {grid[0]}x{grid[1]}: set it to {grid[0] * grid[1]}"
+        )
+
+
 def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     """The tokenizer of a config's `tokenizer` section (see `config.llamagen_tokenizer` for the fields).
 
@@ -21,11 +30,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
       ValueError: for an image size, token count or channel count that cannot work.
     """
     grid = latent_grid(cfg)
-    if cfg["num_latent_tokens"] != grid[0] * grid[1]:
-        raise ValueError(
-            f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but at image_size={cfg['image_size']} the grid "
-            f"is {grid[0]}x{grid[1]}: set it to {grid[0] * grid[1]}"
-        )
+    check_cells(cfg, grid)
     check_channels(cfg)
     convs = dict(
         base=cfg["conv_base"],

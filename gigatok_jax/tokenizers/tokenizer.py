@@ -35,7 +35,7 @@ class Tokenizer(nn.Module):
     def decode(
         self, codes: Codes, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Codes → (image, unbounded around [−1, 1]; taps)."""
+        """Codes → (image, unbounded around [−1, 1], or what else the decoder's head gives; taps)."""
         del cond, key, train
         return self.decoder(codes.latents_BKZ)
 
@@ -47,7 +47,9 @@ class Tokenizer(nn.Module):
         """Stored ids → codes."""
         return self.bottleneck.lookup(ids_BK)
 
-    def __call__(self, image_BHWC: jax.Array, *, train: bool = False) -> tuple[jax.Array, Codes, dict[str, Any]]:
-        codes, encoder_out = self.encode(image_BHWC, train=train)
+    def __call__(
+        self, image_BHWC: jax.Array, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, Codes, dict[str, Any]]:
+        codes, encoder_out = self.encode(image_BHWC, key=key, train=train)
         image, decoder_out = self.decode(codes, train=train)
         return image, codes, {**encoder_out, **decoder_out}

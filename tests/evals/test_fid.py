@@ -77,7 +77,7 @@ def mesh_of(count):
     return sharding.make_mesh({"data": count, "fsdp": 1, "tensor": 1}, jax.devices()[:count])
 
 
-def dimmed(params, image):
+def dimmed(params, frozen, image):
     return params["gain"] * image, jnp.zeros((len(image), 8), jnp.int32)
 
 
@@ -85,7 +85,7 @@ def test_eight_devices_report_the_rfid_of_one(tiny):
     """And it is that of the features of the rounded pictures."""
     cfg, scores = settings(tiny), []
     for count in (1, 8):
-        evaluate = Evaluator(cfg, dimmed, mesh_of(count))
+        evaluate = Evaluator(cfg, dimmed, mesh_of(count), {})
         scores.append(evaluate({"gain": 0.6})[0])
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
     images = np.concatenate(list(evaluate._batches()))
@@ -99,7 +99,7 @@ def test_eight_devices_report_the_rfid_of_one(tiny):
 
 
 def test_images_that_cannot_be_read_are_missed(tiny, monkeypatch):
-    evaluate = Evaluator(settings(tiny), dimmed, mesh_of(1))
+    evaluate = Evaluator(settings(tiny), dimmed, mesh_of(1), {})
     read = list(evaluate._batches())
     monkeypatch.setattr(evaluate, "_batches", lambda: read[:2])
     evaluate.bad_records["a.jpg"] = "cut"
@@ -109,20 +109,20 @@ def test_images_that_cannot_be_read_are_missed(tiny, monkeypatch):
 
 def test_what_cannot_work_is_said_before_training(tiny):
     with pytest.raises(ValueError, match=r"at least 34 images, 33 are given.*--config\.eval\.fid=False"):
-        Evaluator(settings(tiny, eval__num_images=33), dimmed, mesh_of(1))
+        Evaluator(settings(tiny, eval__num_images=33), dimmed, mesh_of(1), {})
     (tiny / "inception.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"(?s)network inception .*pt_inception-2015-12-05.*--from=inception"):
-        Evaluator(settings(tiny), dimmed, mesh_of(1))
+        Evaluator(settings(tiny), dimmed, mesh_of(1), {})
     with pytest.raises(ValueError, match=r"eval\.fid=True, but nothing is evaluated.*eval_source"):
         config.validate(tiny_run(eval__fid=True))
 
 
 def test_the_published_network_needs_2049_images():
     with pytest.raises(ValueError, match="at least 2049 images, 512 are given"):
-        Evaluator(settings("", eval__num_images=512), dimmed, mesh_of(1))
+        Evaluator(settings("", eval__num_images=512), dimmed, mesh_of(1), {})
 
 
 def test_off_it_is_not_there(monkeypatch):
     monkeypatch.setattr(evaluator, "fid", None)
-    evaluate = Evaluator(settings("", eval__fid=False, eval__num_images=4), dimmed, mesh_of(1))
+    evaluate = Evaluator(settings("", eval__fid=False, eval__num_images=4), dimmed, mesh_of(1), {})
     assert "rfid" not in evaluate({"gain": 0.6})[0]

@@ -1,6 +1,7 @@
 """Bundles: what is written is what is read, anything else is refused before it does anything."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,23 @@ def exported(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     export.export(run, folder, weights="raw")
     return folder
+
+
+def test_a_bundle_of_before_a_field_is_the_same(folder):
+    """What a GigaTok section did not say yet, it was; its hash, by which stored ids know it, is as it was."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    assert content["section"].pop("bottleneck") == "vq"
+    computed = {name: value for name, value in content["section"].items() if name not in sections.RUN_ONLY}
+    covered = [content["kind"], computed, content["weights_sha256"], content["class_names"], content["tokenizer"]]
+    assert content["hash"] == hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+    read = bundle.load(folder)
+    assert read.section["bottleneck"] == "vq" and read.model().num_latent_tokens
+    content["section"]["bottleneck"] = "kl"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has changed since it was exported"):
+        bundle.load(folder)
 
 
 @pytest.fixture

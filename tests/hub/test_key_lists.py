@@ -11,7 +11,8 @@ from gigatok_jax.hub.layouts import LAYOUTS
 from tests.tiny import config_module
 
 # Tensors, parameters, and the SHA-256 of the sorted lines "key (shape)" of the published code's state dicts, without
-# the buffers that are dropped: GigaTok's at 182920c built on PyTorch's meta device, LlamaGen's at ce98ec4.
+# the buffers that are dropped: GigaTok's at 182920c built on PyTorch's meta device, LlamaGen's at ce98ec4. TiTok's at
+# 942a96f is known by patterns, shapes and counts (`test_maskgit_vqgan_golden.py` compares those); the sum is of ours.
 GIGATOK = {
     "s-s": (537, 136_073_227, "3c259c2c1562652e560067a426c1eae7009bb70b28f8333671987a90fd9518c1"),
     "s-s headless": (531, 129_252_619, "dba3140e19188afb6a2a7773ed68fc6787d810f124dae53e752262fc12bc1b55"),
@@ -61,6 +62,13 @@ LLAMAGEN = {
     "3b": (172, 3_096_659_200, "9671d5ac9f506bb03ac553c055bcfe49bddbfc66ca3382be42e4db5cdba67696"),
     "7b": (228, 6_614_589_440, "074007d4cc712c055ead2321f53717f68095dd55657c8cc71157960f8b3fcebf"),
 }
+MASKGIT_VQGAN = (168, 54_515_587, "239280e7734538e2e39425f4c7651760a31b9e8f030b9d35e0c54fda52d8107b")
+# TiTok's at 942a96f, ImageBert without a tie of its head to the table of ids (its transformers of that time had none).
+MASKED = {
+    "l-32": (391, 177_202_432, "df0236acf4c2faed018e54149278c8a23adf06e06054b3d9501dd15ebd9b497d"),
+    "b-64": (391, 177_227_008, "e0f33a9a1aea634228419a0a678d82431b2d883385f21009c063f0bcbef113d3"),
+    "s-128": (257, 294_990_848, "89b54d0b47830fae87a020ed161b8caae16124b157defd50f028fcfac1b3081a"),
+}
 
 
 def check(layout, section, published):
@@ -98,6 +106,12 @@ def test_generators_of_gigatok(name):
     check("gigatok-gpt", plain(config.ar_generator(size)) | changes, GPT[name])
 
 
+@pytest.mark.parametrize("size", MASKED)
+def test_masked_generators_of_titok(size):
+    section = plain(config.masked_generator(size))
+    check("titok-uvit" if section["architecture"] == "uvit" else "titok-imagebert", section, MASKED[size])
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_discriminators(name):
     section = {"patchgan": {"base_channels": 64, "num_layers": 3}, "dino": {"width": 384, "num_heads": 5}}[name]
@@ -110,3 +124,7 @@ def test_models_of_llamagen(size):
         check("llamagen", plain(config_module("llamagen").get_config(size).tokenizer), LLAMAGEN[size])
     else:
         check("llamagen-gpt", plain(config.ar_generator(size)) | {"positions": "rope_2d"}, LLAMAGEN[size])
+
+
+def test_the_tokenizer_that_titok_reads():
+    check("maskgit-vqgan", plain(config.maskgit_vqgan_tokenizer()), MASKGIT_VQGAN)

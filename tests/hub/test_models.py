@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 import gigatok_jax
 from gigatok_jax import config, convert
-from gigatok_jax.hub import bundle, gigatok, gpt, models
+from gigatok_jax.hub import bundle, gigatok, gpt, masked, models
 from gigatok_jax.hub.stored import open_safetensors
 from tests.compare import assert_close_tree
 from tests.teachers.seeded import seeded
-from tests.tiny import config_module, published_nano, tiny_generator
+from tests.tiny import config_module, published_nano, tiny_generator, tiny_masked
 
 # Layout, and what the recorded narrow models have that shapes do not tell.
 TOKENIZER = {"encoder_heads": 2, "decoder_heads": 2, "distill_layer": 1}
@@ -30,6 +30,8 @@ RECORDED = {
     "gpt_gpt2d": ("llamagen-gpt", GPT),
     "patchgan": ("gigatok-patchgan", {}),
     "dinodisc_heads": ("gigatok-dino-disc", {}),
+    "titok/imagebert": ("titok-imagebert", {"heads": 4}),
+    "titok/uvitbert": ("titok-uvit", {"heads": 4}),
 }
 
 
@@ -37,7 +39,7 @@ RECORDED = {
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_states_go_round_byte_for_byte(golden, tmp_path, name):
     layout, fields = RECORDED[name]
-    path = golden / "gigatok" / f"{name}_state.safetensors"
+    path = golden / (f"{name}.safetensors" if "/" in name else f"gigatok/{name}_state.safetensors")
     content = models.convert_files(layout, [path], tmp_path / "bundle", fields=fields)
     assert bundle.load(tmp_path / "bundle").hash == content["hash"]
     models.publish(layout, tmp_path / "bundle", tmp_path / "back.safetensors")
@@ -112,6 +114,28 @@ def test_a_published_gpt_is_known_by_its_shapes(size):
         section = config.ar_generator(size).to_dict() | form
         shapes = {entry.key: entry.shape for entry in gpt.entries(section)}
         assert told_by_shapes(gpt.section_of(shapes)) == told_by_shapes(section)
+
+
+@pytest.mark.parametrize("size", config.MASKED_SIZES)
+def test_a_published_masked_generator_is_known_by_its_shapes(size):
+    section = config.masked_generator(size).to_dict()
+    shapes = {entry.key: entry.shape for entry in masked.entries(section)}
+    assert told_by_shapes(masked.section_of(shapes)) == told_by_shapes(section)
+
+
+def test_numbers_of_positions_in_older_files_are_dropped():
+    state = seeded(masked.entries(tiny_masked("bert").to_dict()))
+    state["model.embeddings.position_ids"] = np.arange(9)[None]
+    made = models.convert("titok-imagebert", state, {"heads": 2})
+    assert made.provenance["dropped"] == ["model.embeddings.position_ids"] and made.section["num_classes"] == 2
+    np.testing.assert_array_equal(made.params["token_pos"], state["model.embeddings.position_embeddings.weight"])
+    other = seeded(masked.entries(tiny_masked("uvit").to_dict()))
+    with pytest.raises(ValueError, match="titok-imagebert has architecture='bert'"):
+        models.convert("titok-imagebert", other)
+    with pytest.raises(ValueError, match="not the weights of GigaTok's GPT"):
+        models.convert("gigatok-gpt", state)
+    with pytest.raises(ValueError, match="not the weights of TiTok's masked generators"):
+        models.convert("titok-imagebert", seeded(gpt.entries(tiny_generator().to_dict())))
 
 
 @pytest.fixture

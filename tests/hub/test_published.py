@@ -46,6 +46,8 @@ def holds(monkeypatch, tmp_path):
         ("gigatok-gpt", "model"),
         ("llamagen", "model"),
         ("llamagen-gpt", "model"),
+        ("maskgit-vqgan", "model"),
+        ("titok-imagebert", "model"),
         ("gigatok-patchgan", "discriminator"),
         ("gigatok-dino-disc", "discriminator"),
     ],

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gigatok_jax.hub import bundle, sections, stablehlo
+from gigatok_jax.sampling.masked import make_steps
 from gigatok_jax.sampling.pipelines import from_pretrained
 from tests.probes import tiny_tokenizer
-from tests.tiny import tiny_generator
+from tests.tiny import tiny_generator, tiny_masked
 
 SCRIPT = """
 import sys
@@ -71,6 +72,14 @@ def test_samples_without_this_package(tmp_path):
     labels, scales = np.array([0, 3, 2], np.int32), np.full((16,), 1.5, np.float32)
     ids = run(folder, "sample", tmp_path, labels, np.arange(3, dtype=np.int32), np.uint32(7), scales)
     np.testing.assert_array_equal(ids, from_pretrained(folder).sample(labels, seed=7, scale=1.5))
+
+
+def test_masked_samples_without_this_package(tmp_path):
+    folder = tmp_path / "generator"
+    saved(folder, "generator", tiny_masked("uvit").to_dict())
+    labels, options = np.array([0, 1, 2], np.int32), dict(scale=2.0, schedule="constant", temperature=3.0)
+    ids = run(folder, "sample", tmp_path, labels, np.arange(3, dtype=np.int32), np.uint32(7), *make_steps(8, **options))
+    np.testing.assert_array_equal(ids, from_pretrained(folder).sample(labels, seed=7, **options))
 
 
 def longest_constant(exported):

@@ -1,0 +1,79 @@
+"""TiTok tokenizers (arXiv 2406.07550; sizes and recipes as released): an image in as few as 32 latent tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gigatok_jax.bottlenecks.vq import VectorQuantizer
+from gigatok_jax.decoders.vit import PixelHead, ProxyHead, ProxyPixelHead, ViTMaskDecoder
+from gigatok_jax.encoders.vit_latents import ViTLatentEncoder
+from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.tokenizers import bottleneck, maskgit_vqgan
+from gigatok_jax.tokenizers.tokenizer import Tokenizer
+
+
+def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
+    """The tokenizer of a config's `tokenizer` section (see `config.titok_tokenizer` for the fields).
+
+    Raises:
+      ValueError: for an image size, width or choice that cannot work.
+    """
+    grid = _grid(cfg)
+
+    def part(side: str) -> dict[str, Any]:
+        width, depth, heads = (cfg[f"{side}_{field}"] for field in ("width", "depth", "heads"))
+        if width % heads:
+            raise ValueError(f"tokenizer.{side}_width={width} does not divide into {heads} heads")
+        stack = Stack("vit", depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype)
+        sizes = dict(width=width, grid=grid, num_latent_tokens=cfg["num_latent_tokens"])
+        return dict(stack=stack, dtype=dtype, **sizes)
+
+    return Tokenizer(
+        encoder=ViTLatentEncoder(
+            patch=cfg["patch"],
+            features=bottleneck.width(cfg),
+            reinterpreted=cfg["legacy"],
+            **part("encoder"),
+        ),
+        bottleneck=bottleneck.build(cfg, normalized=cfg["normalized"], clustering=cfg["clustering"]),
+        decoder=ViTMaskDecoder(
+            head=_head(cfg, grid, dtype),
+            distill_layer=cfg["distill_layer"],
+            teacher_dim=cfg["teacher_dim"] or None,
+            **part("decoder"),
+        ),
+        num_latent_tokens=cfg["num_latent_tokens"],
+        image_size=cfg["image_size"],
+        factor=cfg["patch"],
+    )
+
+
+def _grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """(h, w) of the patches."""
+    if cfg["image_size"] % cfg["patch"]:
+        raise ValueError(f"image_size={cfg['image_size']} is no multiple of tokenizer.patch={cfg['patch']}")
+    return (cfg["image_size"] // cfg["patch"],) * 2
+
+
+def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Module:
+    """What reads the decoder's cells: pixels, the proxy's ids, or pixels through the proxy's decoder."""
+    if cfg["head"] == "pixels":
+        return PixelHead(cfg["patch"], dtype)
+    proxy = ProxyHead(cfg["proxy_codebook_size"], dtype)
+    if cfg["head"] == "proxy":
+        return proxy
+    section = proxy_section(cfg)
+    if (factor := 2 ** (len(section["conv_multipliers"]) - 1)) != cfg["patch"]:
+        raise ValueError(
+            f"tokenizer.patch={cfg['patch']}, but the proxy's decoder makes {factor} pixels a side of a cell"
+        )
+    quantizer = VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=False)
+    return ProxyPixelHead(proxy, quantizer, maskgit_vqgan.pixel_decoder(section, dtype=dtype))
+
+
+def proxy_section(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What `maskgit_vqgan.pixel_decoder` and its key list read of a section."""
+    fields = {name.removeprefix("proxy_"): value for name, value in cfg.items() if name.startswith("proxy_")}
+    return {**fields, "remat_convs": cfg["remat_convs"], "kernel_gain": 0.0}
