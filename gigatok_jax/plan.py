@@ -225,7 +225,8 @@ def main(argv: list[str]) -> None:
                 golden=FLAGS.golden,
                 update=FLAGS.update_golden,
             )
-            facts = facts["plans"][0] if len(facts) == len(facts["plans"]) == 1 else facts
+            one = len(facts) == len(facts["plans"]) == 1
+            facts = facts["plans"][0] if one else {"fits": all(row["fits"] for row in facts["plans"]), **facts}
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(facts))

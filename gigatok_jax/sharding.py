@@ -235,9 +235,14 @@ _ACTIVATIONS = {"batch": BATCH_AXES, "height": ("tensor",), "heads": ("tensor",)
 
 
 def activation_axes(mesh: Mesh, size: int, name: str | None) -> tuple[str, ...] | None:
-    """The mesh axes that split a dimension of `size` entries with a logical name; None leaves it whole."""
+    """The mesh axes that split a dimension of `size` entries with a logical name; None leaves it whole.
+
+    A height of one row of pixels a device stays whole: XLA's gradient of a convolution of such rows was wrong where the
+    batch is split too.
+    """
     axes = _ACTIVATIONS.get(name)
-    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+    parts = math.prod(mesh.shape[axis] for axis in axes or ())
+    return axes if axes and size % parts == 0 and not (name == "height" and 1 < parts == size) else None
 
 
 def process_rows(mesh: Mesh, global_batch: int) -> tuple[int, int]:

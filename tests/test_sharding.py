@@ -12,6 +12,8 @@ from jax.extend import core
 from gigatok_jax import config, evals, sharding, train_state, train_step
 from gigatok_jax.bottlenecks import vq
 from gigatok_jax.hub import bundle
+from gigatok_jax.nn.constrain import constrain, placing
+from gigatok_jax.nn.conv import Conv
 from gigatok_jax.planning.topology import ALONE
 from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from tests.steps import (
@@ -189,6 +191,25 @@ def test_heights_that_do_not_divide_are_not_split():
     np.testing.assert_allclose(kernel, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("height", [2, 4, 8])
+def test_a_convolution_of_few_rows_is_that_of_one_device(height):
+    """With the batch and the height split; at one row a device its gradient was four times as large."""
+    network, mesh = Conv(4, kernel_size=(3, 3)), sharding.make_mesh(MESHES["mixed"][0])
+    x, w = jax.random.normal(jax.random.key(0), (2, 4, height, height, 4))
+    params = network.init(jax.random.key(1), x)
+
+    def moved(params, x):
+        return jnp.sum(w * network.apply(params, constrain(x, "batch", "height", None, None)))
+
+    def on_mesh(params, x):
+        with placing(sharding.placement(mesh)):
+            return jax.value_and_grad(moved, (0, 1))(params, x)
+
+    want = jax.jit(jax.value_and_grad(moved, (0, 1)))(params, x)
+    got = jax.device_get(jax.jit(on_mesh)(params, jax.device_put(x, sharding.batch_sharding(mesh))))
+    assert_same_leaves(got, want, rtol=1e-5)
+
+
 def test_microbatches_span_the_devices():
     """With entropy, batch norm and LeCam: each microbatch's statistics are over all devices, as on one."""
     results = []
@@ -296,6 +317,7 @@ def test_what_an_axis_does_not_divide_stays_whole():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert sharding.activation_axes(mesh, 12, "batch") == ("data", "fsdp")
     assert sharding.activation_axes(mesh, 6, "batch") is None and sharding.activation_axes(mesh, 31, "height") is None
+    assert sharding.activation_axes(mesh, 2, "height") is None and sharding.activation_axes(mesh, 4, "height")
     assert sharding.activation_axes(mesh, 3, "heads") is None and sharding.activation_axes(mesh, 8, None) is None
 
 

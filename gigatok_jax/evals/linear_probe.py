@@ -22,7 +22,7 @@ from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.evals.grid import curves_picture
 from gigatok_jax.hub.bundle import Bundle
 from gigatok_jax.hub.frozen import place
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.probe import Features, ProbeObjective
 from gigatok_jax.preemption import Stopped, StopSignal
 from gigatok_jax.train_step import compile_step
@@ -265,7 +265,7 @@ class LinearProbe:
 
         def scores(params: Any, state: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Any:
             with placing(sharding.placement(self.mesh)):
-                logits = self.objective.logits(params, state, frozen, batch["image"])
+                logits = self.objective.logits(params, state, gathered(frozen), batch["image"])
             right = (jax.lax.top_k(logits, best)[1] == batch["label"][:, None]) & batch["valid"][:, None]
             seen_C = jnp.zeros(self.objective.num_classes).at[batch["label"]].add(batch["valid"])
             return jnp.stack([right[:, 0].sum(), right.sum()]), seen_C

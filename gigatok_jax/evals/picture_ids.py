@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gigatok_jax import data, distributed, sharding
 from gigatok_jax.metrics import Progress
-from gigatok_jax.nn.constrain import placing
+from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.generator import GeneratorObjective
 
 
@@ -29,7 +29,7 @@ class PictureIds:
 
         def make(frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
             with placing(sharding.placement(mesh)):
-                return objective.ids(frozen, batch), batch["label"], batch["valid"]
+                return objective.ids(gathered(frozen), batch), batch["label"], batch["valid"]
 
         self._make = jax.jit(make, out_shardings=sharding.replicated(mesh))
 
