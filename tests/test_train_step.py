@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gigatok_jax import objectives, sharding
@@ -17,7 +18,7 @@ from tests.steps import (
     sgd_groups,
     tiny_objective,
 )
-from tests.tiny import tiny_run
+from tests.tiny import TINIEST, tiny_run
 
 
 def test_discriminator_is_untouched_before_its_start():
@@ -133,6 +134,21 @@ def test_frozen_paths_have_no_gradient_and_no_moments():
         assert float(metrics[f"grad_norm/tokenizer/{name}"]) == 0
     paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(before.opt["tokenizer"])]
     assert paths and not [path for path in paths if "/encoder/" in path]
+
+
+@pytest.mark.parametrize("warmed_up", [True, False])
+def test_an_average_that_warms_up_forgets_the_start_at_once(warmed_up):
+    cfg, objective = tiny_objective(
+        discriminator__name="none", loss__lecam_weight=0.0, groups__tokenizer__ema_warmup=warmed_up, **TINIEST
+    )
+    cfg.groups.tokenizer.warmup_steps = 0
+    step, before, batch = build(cfg, objective, adam_groups(cfg), ONE)
+    after, _ = step(before, {}, batch)
+    start, params, average = (tree["tokenizer"] for tree in (before.params, after.params, after.ema))
+    weight = 1.0 if warmed_up else 1 - cfg.groups.tokenizer.ema
+    assert_same_leaves(average, jax.tree.map(lambda old, new: old + weight * (new - old), start, params), rtol=1e-6)
+    moved, left = (optax.global_norm(jax.tree.map(jnp.subtract, params, tree)) for tree in (start, average))
+    assert left < 1e-4 * moved if warmed_up else left > 0.8 * moved
 
 
 def test_gradients_wait_for_the_losses():
