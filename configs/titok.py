@@ -109,25 +109,31 @@ def _second_stage(cfg: ConfigDict) -> None:
 
 
 def cpu_tiny(size: str) -> ConfigDict:
-    """A tokenizer of 32 px in 16 latent tokens, on the quickstart's photographs, without frozen networks."""
+    """A tokenizer of 32 px in 64 latent tokens (two stages: 32) on the quickstart's photographs, no frozen networks."""
     cfg = config.base()
-    cfg.update(num_steps=2000, global_batch=16, dtype="float32")
+    cfg.update(num_steps=4000, global_batch=8, dtype="float32")
     cfg.tokenizer = config.small_titok_tokenizer()
     cfg.loss.update(perceptual_weight=0.0, semantic_weight=0.0, feature_weight=0.0, direct=False, auxiliary_end=0)
-    cfg.loss.update(pixel_weight=0.25, discriminator_start=10**9)
-    cfg.groups.tokenizer.update(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=100, clip=1.0, decayed=DECAYED)
+    cfg.loss.update(entropy_weight=0.02, discriminator_start=10**9)
+    cfg.groups.tokenizer.update(
+        learning_rate=1.5e-3, end_learning_rate=1e-5, warmup_steps=100, clip=1.0, decayed=DECAYED
+    )
     cfg.data.update(source="photographs", eval_source="photographs", crop="scale", permute_channels=True)
     cfg.data.update(num_threads=1, prefetch=8)
     cfg.log.every = 10
-    cfg.eval.update(every=500, batch=64, num_images=128)
+    cfg.eval.update(every=1000, batch=64, num_images=128)
     cfg.checkpoint.every = 500
+    if "stage" in size:
+        # Cells as those of the proxy tokenizer, and fewer tokens than it has.
+        cfg.num_steps = 2000
+        cfg.tokenizer.update(patch=4, num_latent_tokens=32, legacy=True)
     if size.endswith("-kl"):
         cfg.tokenizer.update(bottleneck="kl", codebook_size=0)
     elif size.endswith("-stage1"):
-        cfg.tokenizer.update(legacy=True, head="proxy")
+        cfg.tokenizer.head = "proxy"
         cfg.loss.pixel_weight = 0.0
     elif size.endswith("-stage2"):
-        cfg.tokenizer.update(legacy=True, head="proxy_pixels")
-        cfg.loss.update(codebook_weight=0.0, commitment_weight=0.0)
+        cfg.tokenizer.head = "proxy_pixels"
+        cfg.loss.update(codebook_weight=0.0, commitment_weight=0.0, entropy_weight=0.0)
         cfg.groups.tokenizer.trainable = "decoder/.*"
     return cfg.lock()

@@ -149,6 +149,10 @@ def titok_tokenizer() -> ConfigDict:
             decoder_width=1024,
             decoder_depth=24,
             decoder_heads=16,
+            # Kernels start at N(0, gain²/fan-in), the last convolution as a rotation, grey patches at 0; or, for a gain
+            # of 0, as published: at N(0, 0.02²) and Xavier's.
+            kernel_gain=0.0,
+            position_std=0.0,  # spread of learned tokens and positions at the start; 0: 1/sqrt(width) as published
             legacy=True,  # the latent tokens' numbers are read as D × K before their projection (two-stage models)
             bottleneck="vq",  # or "kl"
             codebook_size=4096,
@@ -175,13 +179,14 @@ def titok_tokenizer() -> ConfigDict:
 
 
 def small_titok_tokenizer() -> ConfigDict:
-    """A single-stage TiTok section that a laptop trains: 32 px in patches of 4, 16 latent tokens of 256 codes.
+    """A single-stage TiTok section that a laptop trains: 32 px in patches of 8, 64 latent tokens of 512 codes.
 
     Its proxy fields are those of `configs/maskgit_vqgan.py:cpu-tiny`.
     """
     section = titok_tokenizer()
-    section.update(image_size=32, patch=4, num_latent_tokens=16, legacy=False, head="pixels", remat="none", unroll=2)
-    section.update(codebook_size=256, code_dim=8, remat_convs=False)
+    section.update(image_size=32, patch=8, num_latent_tokens=64, legacy=False, head="pixels", remat="none", unroll=2)
+    section.update(codebook_size=512, code_dim=8, estimator="rotation", remat_convs=False)
+    section.update(kernel_gain=1.0, position_std=0.3)  # as for GigaTok's, but here positions enter the sum
     section.update(proxy_codebook_size=256, proxy_code_dim=32, proxy_conv_base=16, proxy_conv_multipliers=(1, 1, 2))
     section.update(proxy_decoder_conv_blocks=1, proxy_norm_groups=4)
     for side in ("encoder", "decoder"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.conv import conv, depth_to_space
 from gigatok_jax.nn.distill import DistillHead
-from gigatok_jax.nn.initializers import position_table, small_normal
+from gigatok_jax.nn.initializers import Init, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.transformer import Stack
 
@@ -31,14 +31,16 @@ class ViTMaskDecoder(nn.Module):
     teacher_dim: int | None = None
     taps: tuple[int, ...] = ()
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    position_init: Init = position_table
 
     @nn.compact
     def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         B, (H, W), width = latents_BKZ.shape[0], self.grid, self.width
         latents_BKD = self.embed_latents(latents_BKZ)
-        first_1D = self.param("class_token", position_table, (1, width))
-        mask_1D = self.param("mask_token", position_table, (1, width))
-        pos_ND = self.param("token_pos", position_table, (1 + H * W, width))
+        first_1D = self.param("class_token", self.position_init, (1, width))
+        mask_1D = self.param("mask_token", self.position_init, (1, width))
+        pos_ND = self.param("token_pos", self.position_init, (1 + H * W, width))
         cells_ND = jnp.concatenate([first_1D, jnp.broadcast_to(mask_1D, (H * W, width))]) + pos_ND
         cells_BND = jnp.broadcast_to(cells_ND.astype(self.dtype), (B, *cells_ND.shape))
         x_BND = jnp.concatenate([cells_BND, latents_BKD], 1)
@@ -48,7 +50,7 @@ class ViTMaskDecoder(nn.Module):
         out = {f"decoder_block_{tap}": value for tap, value in tapped.items()}
         cells = slice(1, 1 + H * W)
         if self.teacher_dim is not None:
-            distill = DistillHead(width, self.teacher_dim, self.dtype, name="distill")
+            distill = DistillHead(width, self.teacher_dim, self.dtype, self.kernel_init, name="distill")
             out["semantic"] = distill(tapped[self.distill_layer][:, cells])
         out["decoder_features"] = layer_norm(self.dtype, "norm_out")(x_BND[:, cells])
         target, of_head = self.head(out["decoder_features"].reshape(B, H, W, width))
@@ -56,10 +58,10 @@ class ViTMaskDecoder(nn.Module):
 
     def embed_latents(self, latents_BKZ: jax.Array) -> jax.Array:
         """Latents → tokens (B, K, D), with their positions."""
-        x_BKD = nn.Dense(self.width, dtype=self.dtype, kernel_init=small_normal, name="embed")(
+        x_BKD = nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="embed")(
             latents_BKZ.astype(self.dtype)
         )
-        latent_pos_KD = self.param("latent_pos", position_table, (self.num_latent_tokens, self.width))
+        latent_pos_KD = self.param("latent_pos", self.position_init, (self.num_latent_tokens, self.width))
         return x_BKD + latent_pos_KD.astype(self.dtype)
 
 
@@ -68,11 +70,13 @@ class PixelHead(nn.Module):
 
     patch: int
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    last_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BHWD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = nn.Dense(3 * self.patch**2, dtype=self.dtype, kernel_init=small_normal, name="patches")(x_BHWD)
-        x = conv(3, 3, self.dtype, "conv_out")(depth_to_space(x, self.patch))
+        x = nn.Dense(3 * self.patch**2, dtype=self.dtype, kernel_init=self.kernel_init, name="patches")(x_BHWD)
+        x = conv(3, 3, self.dtype, "conv_out", self.last_init)(depth_to_space(x, self.patch))
         return 2.0 * x - 1.0, {}  # published weights write [0, 1]
 
 
@@ -81,11 +85,12 @@ class ProxyHead(nn.Module):
 
     codebook_size: int
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
 
     @nn.compact
     def __call__(self, x_BHWD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         B, H, W, width = x_BHWD.shape
-        dense = dict(dtype=self.dtype, kernel_init=small_normal)
+        dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         hidden = nn.tanh(nn.Dense(2 * width, name="hidden", **dense)(x_BHWD.reshape(B, H * W, width)))
         return nn.Dense(self.codebook_size, name="logits", **dense)(hidden).astype(jnp.float32), {}
 

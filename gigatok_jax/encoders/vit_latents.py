@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.nn.constrain import constrain
-from gigatok_jax.nn.initializers import position_table, small_normal
+from gigatok_jax.nn.initializers import Init, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.transformer import Stack
 from gigatok_jax.nn.vit import PatchEmbed
@@ -30,16 +30,19 @@ class ViTLatentEncoder(nn.Module):
     reinterpreted: bool = False
     taps: tuple[int, ...] = ()
     dtype: Any = jnp.float32
+    kernel_init: Init = small_normal
+    position_init: Init = position_table
+    centre: float = 0.0  # of pixels in [0, 1]: a patch of this grey starts as 0
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         B, K, width = image_BHWC.shape[0], self.num_latent_tokens, self.width
         pixels = image_BHWC * 0.5 + 0.5  # published weights read [0, 1]
-        x_BND = PatchEmbed(width, self.patch, self.dtype, name="embed")(pixels)
-        first_1D = self.param("class_token", position_table, (1, width))
-        pos_ND = self.param("token_pos", position_table, (1 + self.grid[0] * self.grid[1], width))
-        latent_KD = self.param("latent_tokens", position_table, (K, width))
-        latent_pos_KD = self.param("latent_pos", position_table, (K, width))
+        x_BND = PatchEmbed(width, self.patch, self.dtype, True, self.kernel_init, self.centre, name="embed")(pixels)
+        first_1D = self.param("class_token", self.position_init, (1, width))
+        pos_ND = self.param("token_pos", self.position_init, (1 + self.grid[0] * self.grid[1], width))
+        latent_KD = self.param("latent_tokens", self.position_init, (K, width))
+        latent_pos_KD = self.param("latent_pos", self.position_init, (K, width))
         x_BND = jnp.concatenate([shared(first_1D, B, self.dtype), x_BND], 1) + pos_ND.astype(self.dtype)
         x_BND = jnp.concatenate([x_BND, shared(latent_KD + latent_pos_KD, B, self.dtype)], 1)
         x_BND = constrain(layer_norm(self.dtype, "norm_in")(x_BND), "batch", None, "embed")
@@ -48,7 +51,7 @@ class ViTLatentEncoder(nn.Module):
         out = {"encoder_features": x_BKD, **{f"encoder_block_{tap}": value for tap, value in tapped.items()}}
         if self.reinterpreted:
             x_BKD = x_BKD.reshape(B, width, K).swapaxes(1, 2)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="to_latents")(x_BKD), out
+        return nn.Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="to_latents")(x_BKD), out
 
 
 def shared(tokens_ND: jax.Array, batch: int, dtype: Any) -> jax.Array:

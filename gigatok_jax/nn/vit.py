@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.nn.constrain import constrain
-from gigatok_jax.nn.initializers import small_normal
+from gigatok_jax.nn.initializers import Init, small_normal
 from gigatok_jax.nn.norms import layer_norm
 from gigatok_jax.nn.resize import bicubic_antialias
 from gigatok_jax.nn.transformer import Stack, ViTLayer
@@ -76,12 +76,17 @@ def resampled_positions(table_1ND: np.ndarray, height: int, width: int, prefix: 
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches × a kernel (patch, patch, C, D): a strided convolution as one matrix product."""
+    """Non-overlapping patches × a kernel (patch, patch, C, D): a strided convolution as one matrix product.
+
+    The bias starts so that a patch of the value `centre` becomes 0.
+    """
 
     width: int
     patch: int
     dtype: Any = jnp.float32
     use_bias: bool = True
+    kernel_init: Init = small_normal
+    centre: float = 0.0
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -89,13 +94,14 @@ class PatchEmbed(nn.Module):
         p = self.patch
         if H % p or W % p:
             raise ValueError(f"images of {H}×{W} do not divide into patches of {p}")
-        kernel = self.param("kernel", small_normal, (p, p, channels, self.width)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (p, p, channels, self.width))
         patches = x_BHWC.astype(self.dtype).reshape(B, H // p, p, W // p, p, channels)
-        x_BhwD = jnp.einsum("BhpwqC,pqCD->BhwD", patches, kernel)
+        x_BhwD = jnp.einsum("BhpwqC,pqCD->BhwD", patches, kernel.astype(self.dtype))
         x_BND = x_BhwD.reshape(B, -1, self.width)
         if not self.use_bias:
             return x_BND
-        return x_BND + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+        bias = self.param("bias", lambda key: -self.centre * kernel.sum((0, 1, 2)))
+        return x_BND + bias.astype(self.dtype)
 
 
 class ViT(nn.Module):

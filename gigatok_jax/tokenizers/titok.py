@@ -1,5 +1,6 @@
 """TiTok tokenizers (arXiv 2406.07550; sizes and recipes as released): an image in as few as 32 latent tokens."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.vit import PixelHead, ProxyHead, ProxyPixelHead, ViTMaskDecoder
 from gigatok_jax.encoders.vit_latents import ViTLatentEncoder
-from gigatok_jax.nn.transformer import Stack
+from gigatok_jax.nn.initializers import kernels, positions
+from gigatok_jax.nn.transformer import Stack, ViTLayer
 from gigatok_jax.tokenizers import bottleneck, maskgit_vqgan
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
@@ -20,21 +22,23 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     Raises:
       ValueError: for an image size, width or choice that cannot work.
     """
-    grid = _grid(cfg)
+    grid, init = _grid(cfg), kernels(cfg["kernel_gain"])
+    layer = functools.partial(ViTLayer, qkv_init=init) if cfg["kernel_gain"] else "vit"
 
     def part(side: str) -> dict[str, Any]:
         width, depth, heads = (cfg[f"{side}_{field}"] for field in ("width", "depth", "heads"))
         if width % heads:
             raise ValueError(f"tokenizer.{side}_width={width} does not divide into {heads} heads")
-        stack = Stack("vit", depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype)
+        stack = Stack(layer, depth, heads, cfg["attention"], cfg["remat"], cfg["unroll"], dtype, init)
         sizes = dict(width=width, grid=grid, num_latent_tokens=cfg["num_latent_tokens"])
-        return dict(stack=stack, dtype=dtype, **sizes)
+        return dict(stack=stack, dtype=dtype, kernel_init=init, position_init=positions(cfg["position_std"]), **sizes)
 
     return Tokenizer(
         encoder=ViTLatentEncoder(
             patch=cfg["patch"],
             features=bottleneck.width(cfg),
             reinterpreted=cfg["legacy"],
+            centre=0.5 if cfg["kernel_gain"] else 0.0,
             **part("encoder"),
         ),
         bottleneck=bottleneck.build(cfg, normalized=cfg["normalized"], clustering=cfg["clustering"]),
@@ -59,9 +63,12 @@ def _grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
 
 def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Module:
     """What reads the decoder's cells: pixels, the proxy's ids, or pixels through the proxy's decoder."""
+    init = kernels(cfg["kernel_gain"])
     if cfg["head"] == "pixels":
-        return PixelHead(cfg["patch"], dtype)
-    proxy = ProxyHead(cfg["proxy_codebook_size"], dtype)
+        # A loud random convolution of three channels would mix colours and blur: it starts as a rotation of colours.
+        last_init = nn.initializers.delta_orthogonal() if cfg["kernel_gain"] else init
+        return PixelHead(cfg["patch"], dtype, init, last_init)
+    proxy = ProxyHead(cfg["proxy_codebook_size"], dtype, init)
     if cfg["head"] == "proxy":
         return proxy
     section = proxy_section(cfg)
@@ -76,4 +83,4 @@ def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Modul
 def proxy_section(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """What `maskgit_vqgan.pixel_decoder` and its key list read of a section."""
     fields = {name.removeprefix("proxy_"): value for name, value in cfg.items() if name.startswith("proxy_")}
-    return {**fields, "remat_convs": cfg["remat_convs"], "kernel_gain": 0.0}
+    return {**fields, "remat_convs": cfg["remat_convs"], "kernel_gain": cfg["kernel_gain"]}
