@@ -129,6 +129,7 @@ def cpu_tiny(size: str) -> ConfigDict:
         cfg.tokenizer.update(patch=4, num_latent_tokens=32, legacy=True)
     if size.endswith("-kl"):
         cfg.tokenizer.update(bottleneck="kl", codebook_size=0)
+        cfg.loss.entropy_weight = 0.0
     elif size.endswith("-stage1"):
         cfg.tokenizer.head = "proxy"
         cfg.loss.pixel_weight = 0.0
