@@ -54,16 +54,21 @@ def write_ids(folder, count, tokenizer_hash="ab" * 32):
     return folder
 
 
-def ar_run(root, **generator):
-    cfg = config.ar()
+def ids_run(cfg, root, generator):
+    """A generator's config for a few steps on the ids under `root`, locked."""
     cfg.update(num_steps=6, global_batch=8, dtype="float32")
-    cfg.generator = tiny_generator(codebook_size=V, num_latent_tokens=K, num_classes=2, **generator)
+    cfg.generator = generator
     cfg.groups.generator.update(learning_rate=1e-2, warmup_steps=0, ema=0.5)
     cfg.data.update(root=str(root / "train"), eval_source="tokens", eval_root=str(root / "eval"), num_threads=1)
     cfg.eval.update(every=3, batch=8, num_images=11)
     cfg.checkpoint.every = 2
     cfg.log.every = 1
     return cfg.lock()
+
+
+def ar_run(root, **generator):
+    section = tiny_generator(codebook_size=V, num_latent_tokens=K, num_classes=2, **generator)
+    return ids_run(config.ar(), root, section)
 
 
 @pytest.fixture(scope="module")

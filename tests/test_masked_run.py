@@ -15,20 +15,12 @@ from gigatok_jax.train_step import make_train_step
 from tests.compare import assert_close_tree
 from tests.entry_points import entry_point
 from tests.steps import MESHES, ONE, train
-from tests.test_ar_run import K, V, write_ids
+from tests.test_ar_run import K, V, ids_run, write_ids
 from tests.tiny import tiny_masked, tiny_run
 
 
 def masked_run(root, form="bert", **generator):
-    cfg = config.masked()
-    cfg.update(num_steps=6, global_batch=8, dtype="float32")
-    cfg.generator = tiny_masked(form, codebook_size=V, num_latent_tokens=K, **generator)
-    cfg.groups.generator.update(learning_rate=1e-2, warmup_steps=0, ema=0.5)
-    cfg.data.update(root=str(root / "train"), eval_source="tokens", eval_root=str(root / "eval"), num_threads=1)
-    cfg.eval.update(every=3, batch=8, num_images=11)
-    cfg.checkpoint.every = 2
-    cfg.log.every = 1
-    return cfg.lock()
+    return ids_run(config.masked(), root, tiny_masked(form, codebook_size=V, num_latent_tokens=K, **generator))
 
 
 @pytest.fixture(scope="module")
