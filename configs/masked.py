@@ -30,6 +30,8 @@ def get_config(size: str = "l-32") -> ConfigDict:
     Raises:
       ValueError: for a size that is not known.
     """
+    if size == "cpu-tiny-titok":
+        return _cpu_tiny_titok()
     if size != "cpu-tiny":
         return config.masked(size).lock()
     cfg = config.masked("l-32")
@@ -41,4 +43,22 @@ def get_config(size: str = "l-32") -> ConfigDict:
     cfg.log.every = 10
     cfg.eval.update(every=100, num_images=64)
     cfg.checkpoint.every = 100
+    return cfg.lock()
+
+
+def _cpu_tiny_titok() -> ConfigDict:
+    """A generator of photographs that a laptop trains, over the ids of `configs/titok.py:cpu-tiny` made in the step."""
+    cfg = config.masked("l-32")
+    cfg.update(num_steps=3000, global_batch=16, dtype="float32")
+    tokenizer = config.small_titok_tokenizer()
+    cfg.generator.update({name: tokenizer[name] for name in ("codebook_size", "num_latent_tokens")})
+    # So short a training sees no crop twice: dropout would only slow it. One class needs no null class.
+    cfg.generator.update(width=128, depth=3, heads=4, num_classes=1, dropout=0.0, class_dropout=0.0)
+    cfg.generator.update(remat="none", unroll=3)
+    cfg.groups.generator.update(learning_rate=1e-3, warmup_steps=100, ema=0.99)
+    cfg.data.update(source="photographs", eval_source="photographs", crop="scale", permute_channels=True)
+    cfg.data.update(num_threads=1, prefetch=8)
+    cfg.log.every = 10
+    cfg.eval.update(every=1000, num_images=256)
+    cfg.checkpoint.every = 500
     return cfg.lock()
