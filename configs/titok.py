@@ -109,7 +109,7 @@ def _second_stage(cfg: ConfigDict) -> None:
 
 
 def cpu_tiny(size: str) -> ConfigDict:
-    """A tokenizer of 32 px in 64 latent tokens (two stages: 32) on the quickstart's photographs, no frozen networks."""
+    """A tokenizer of 32 px in 64 latent tokens, on the quickstart's photographs, without frozen networks."""
     cfg = config.base()
     cfg.update(num_steps=4000, global_batch=8, dtype="float32")
     cfg.tokenizer = config.small_titok_tokenizer()
@@ -122,11 +122,9 @@ def cpu_tiny(size: str) -> ConfigDict:
     cfg.data.update(num_threads=1, prefetch=8)
     cfg.log.every = 10
     cfg.eval.update(every=1000, batch=64, num_images=128)
-    cfg.checkpoint.every = 500
+    cfg.checkpoint.every = 1000
     if "stage" in size:
-        # Cells as those of the proxy tokenizer, and fewer tokens than it has.
-        cfg.num_steps = 2000
-        cfg.tokenizer.update(patch=4, num_latent_tokens=32, legacy=True)
+        cfg.tokenizer.update(patch=4, legacy=True)  # cells as those of the proxy tokenizer
     if size.endswith("-kl"):
         cfg.tokenizer.update(bottleneck="kl", codebook_size=0)
     elif size.endswith("-stage1"):
