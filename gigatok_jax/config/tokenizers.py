@@ -97,8 +97,9 @@ def maskgit_vqgan_tokenizer() -> ConfigDict:
             decoder_conv_blocks=2,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
-            codebook_size=1024,  # plain entries, not normalised
+            codebook_size=1024,
             code_dim=256,  # channels of the feature map too
+            normalized=False,  # latents and codes are unit vectors
             codebook_chunk=1024,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
             teacher_dim=0,  # it has no distillation head
@@ -166,6 +167,7 @@ def titok_tokenizer() -> ConfigDict:
             head="proxy_pixels",  # or "proxy" (ids of the proxy tokenizer), "pixels"
             proxy_codebook_size=1024,  # of MaskGIT-VQGAN, and so on
             proxy_code_dim=256,
+            proxy_normalized=False,
             proxy_conv_base=128,
             proxy_conv_multipliers=(1, 1, 2, 2, 4),
             proxy_decoder_conv_blocks=2,
@@ -187,8 +189,8 @@ def small_titok_tokenizer() -> ConfigDict:
     section.update(image_size=32, patch=8, num_latent_tokens=64, legacy=False, head="pixels", remat="none", unroll=2)
     section.update(codebook_size=512, code_dim=8, estimator="rotation", remat_convs=False)
     section.update(kernel_gain=1.0, position_std=0.3)  # as for GigaTok's, but here positions enter the sum
-    section.update(proxy_codebook_size=256, proxy_code_dim=32, proxy_conv_base=16, proxy_conv_multipliers=(1, 1, 2))
-    section.update(proxy_decoder_conv_blocks=1, proxy_norm_groups=4)
+    section.update(proxy_codebook_size=256, proxy_code_dim=8, proxy_conv_base=16, proxy_conv_multipliers=(1, 1, 2))
+    section.update(proxy_decoder_conv_blocks=1, proxy_norm_groups=1, proxy_normalized=True)
     for side in ("encoder", "decoder"):
         section.update({f"{side}_width": 128, f"{side}_depth": 2, f"{side}_heads": 4})
     return section

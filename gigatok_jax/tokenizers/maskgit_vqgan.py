@@ -57,7 +57,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
             code_dim=cfg["code_dim"],
             estimator=cfg["estimator"],
             chunk_size=cfg["codebook_chunk"],
-            normalized=False,
+            normalized=cfg["normalized"],
         ),
         decoder=ConvolutionalDecoder(cnn=pixel_decoder(cfg, dtype=dtype), features=None, grid=grid, dtype=dtype),
         num_latent_tokens=cfg["num_latent_tokens"],

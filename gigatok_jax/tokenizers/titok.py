@@ -76,7 +76,7 @@ def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Modul
         raise ValueError(
             f"tokenizer.patch={cfg['patch']}, but the proxy's decoder makes {factor} pixels a side of a cell"
         )
-    quantizer = VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=False)
+    quantizer = VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=section["normalized"])
     return ProxyPixelHead(proxy, quantizer, maskgit_vqgan.pixel_decoder(section, dtype=dtype))
 
 
