@@ -10,6 +10,7 @@ import numpy as np
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.conv import Conv
 from gigatok_jax.nn.initializers import fan_in_uniform
+from gigatok_jax.nn.norms import GroupNorm
 from gigatok_jax.nn.pooling import adaptive_max_pool
 
 GRID = 16  # of the logits, whatever the image's size
@@ -85,7 +86,7 @@ class BlurDiscriminator(nn.Module):
             x = self._conv(f"conv_{n}", x, self.base_channels * 2**n, 3)
             x = blurred_half(x) if self.pooling == "blur" else nn.avg_pool(x, (2, 2), (2, 2))
             x = constrain(x, "batch", "height", None, None)
-            norm = nn.GroupNorm(GROUPS, epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, name=f"norm_{n}")
+            norm = GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name=f"norm_{n}")
             x = nn.leaky_relu(norm(x), SLOPE)
         x = adaptive_max_pool(x, GRID, GRID)
         x = nn.leaky_relu(self._conv("conv_out", x, x.shape[-1], 1), SLOPE)

@@ -1,12 +1,16 @@
 """Normalisations. Statistics are float32 and two-pass (mean first), whatever the compute dtype."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.nn.constrain import is_split
 from gigatok_jax.nn.initializers import Init, small_normal
+
+MIN_ENTRIES = 2**22  # of a batch's maps from which GroupNorm sums each channel first
 
 
 def layer_norm(dtype: Any, name: str | None = None, epsilon: float = 1e-5) -> nn.LayerNorm:
@@ -14,9 +18,43 @@ def layer_norm(dtype: Any, name: str | None = None, epsilon: float = 1e-5) -> nn
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def group_norm(groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm over (H, W, C / groups) of a BHWC map, eps 1e-6, with scale and bias."""
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm over (H, W, C / groups) of a BHWC map; statistics of large maps by channel, then by group.
+
+    Flax sums a group's few channels and the space at once, which on a CPU is 2.4 times as slow as the space of each
+    channel first (256², 128 channels, batch 4). A program of several devices has flax's.
+    """
+
+    epsilon: float = 1e-6
+    use_fast_variance: bool = False
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        entries = math.prod(x_BHWC.shape)
+        if not isinstance(entries, int) or entries < MIN_ENTRIES or is_split():  # no number: a program of any batch
+            return super().__call__(x_BHWC)
+        C = x_BHWC.shape[-1]
+        x = x_BHWC.astype(jnp.promote_types(self.dtype or x_BHWC.dtype, jnp.float32))
+        centred = x - self._mean(x)
+        gain = jax.lax.rsqrt(self._mean(jnp.square(centred)) + self.epsilon)
+        if self.use_scale:
+            gain = gain * self.param("scale", self.scale_init, (C,))
+        y = centred * gain
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (C,))
+        return y.astype(self.dtype or x_BHWC.dtype)
+
+    def _mean(self, x_BHWC: jax.Array) -> jax.Array:
+        """(B, 1, 1, C), each channel with its group's mean."""
+        size = x_BHWC.shape[-1] // self.num_groups
+        mean = x_BHWC.mean((1, 2), keepdims=True)
+        mean = mean.reshape(-1, 1, 1, self.num_groups, size).mean(-1)
+        return jnp.repeat(mean, size, axis=-1)
+
+
+def group_norm(groups: int, dtype: Any, name: str | None = None) -> GroupNorm:
+    """GroupNorm with eps 1e-6, scale and bias."""
+    return GroupNorm(groups, dtype=dtype, name=name)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -42,9 +80,7 @@ class AdaptiveGroupNorm(nn.Module):
         start = nn.initializers.constant(self.scale_init)
         scale_BC = nn.Dense(**dense, bias_init=start, name="scale")(jnp.sqrt(variance_BC + 1e-6))
         bias_BC = nn.Dense(**dense, name="bias")(mean_BC)
-        normed = nn.GroupNorm(
-            self.groups, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=self.dtype
-        )(x_BHWC)
+        normed = GroupNorm(self.groups, use_bias=False, use_scale=False, dtype=self.dtype)(x_BHWC)
         return scale_BC[:, None, None] * normed + bias_BC[:, None, None]
 
 
