@@ -5,7 +5,8 @@
 Exports the tokenizer, encodes the training and held-out images, trains the generator that the config names, exports it
 and samples from it (see `gigatok_jax.stages` for the folders). Each stage is a command of its own, printed before it
 runs. Started again, it goes on where it was; SIGTERM goes on to the stage, and the status is then 128 + 15. At the end
-`report.json` of --run has gained `ar_val_loss` and `unigram_entropy`, and `report.html` lies beside it.
+`report.json` of --run has gained the generator's `ar_val_loss` or `masked_val_loss` and `unigram_entropy`, and
+`report.html` lies beside it.
 """
 
 import json
@@ -22,10 +23,11 @@ from PIL import Image
 from gigatok_jax import config, data, program, stages
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
-from gigatok_jax.evals.page import write_page
+from gigatok_jax.evals.page import LOSSES, write_page
 from gigatok_jax.sampling.pipelines import TokenizerPipeline, from_pretrained
 
 SHOWN, COLUMNS = 36, 6  # pictures of each kind on the page
+GENERATORS = ("ar", "masked")  # objectives
 COUNTED = 65_536  # training images, evenly spaced, whose ids are counted at most
 
 
@@ -64,10 +66,10 @@ def check_generator(planned: Sequence[stages.Stage]) -> None:
     except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"the generator's config cannot be read: {program.told(error)}") from error
     config.validate(values.config)
-    if values.config.objective != "ar":
+    if values.config.objective not in GENERATORS:
         raise ValueError(
-            f"the page is about an AR generator, the generator's config has objective={values.config.objective!r}: run "
-            "the stages by themselves"
+            f"the generator's config has objective={values.config.objective!r}, and the page is about one of "
+            f"{', '.join(GENERATORS)}: name such a config in train_generator"
         )
     if not values.config.data.eval_source:
         raise ValueError(
@@ -80,7 +82,7 @@ def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[s
     """Adds the generator's scores to the run's `report.json` and writes `report.html` beside it."""
     report = json.loads((folder / "report.json").read_text())
     scores = json.loads((folder / "generator" / "report.json").read_text())
-    report |= {name: scores[name] for name in ("ar_val_loss", "unigram_entropy")}
+    report |= {name: scores[name] for name in (*LOSSES, "unigram_entropy") if name in scores}
     write_json(folder / "report.json", report)
     tokenizer = from_pretrained(folder / "bundles" / "tokenizer")
     train, held_out = (data.TokenSet(folder / "tokens" / split) for split in ("train", "eval"))
@@ -94,7 +96,7 @@ def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[s
         report=report,
         reconstructions=next(iter(sorted((folder / "grids").glob("*.png"))[-1:]), None),
         drawn=[
-            ("Samples:", "ids drawn by the generator, one after the other", grid(samples)),
+            ("Samples:", "ids drawn by the generator", grid(samples)),
             ("Shuffled ids:", "training ids, each position from another image", decoded(tokenizer, shuffled(ids_NK))),
             ("Held-out images:", "as their own ids draw them", decoded(tokenizer, some_ids(held_out, SHOWN))),
         ],

@@ -14,12 +14,13 @@ from tests.tiny import tiny_run
 
 GENERATOR = """
 from gigatok_jax import config
-from tests.tiny import tiny_generator
+from tests.tiny import tiny_generator, tiny_masked
 
-def get_config():
-    cfg = config.ar()
+def get_config(objective):
+    cfg = config.ar() if objective == "ar" else config.masked()
     cfg.update(num_steps=3, global_batch=8, dtype="float32")
-    cfg.generator = tiny_generator(codebook_size=64, num_latent_tokens=8, num_classes=1, depth=1)
+    ids = dict(codebook_size=64, num_latent_tokens=8, num_classes=1, depth=1)
+    cfg.generator = tiny_generator(**ids) if objective == "ar" else tiny_masked("bert", **ids)
     cfg.groups.generator.update(learning_rate=1e-2, warmup_steps=0)
     cfg.data.update(eval_source="tokens", num_threads=1)
     cfg.eval.update(every=0, batch=8, num_images=8)
@@ -63,7 +64,7 @@ def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
     cfg = config.pipeline()
     cfg.encode_train = dict(source="photographs", crop="scale", num_views=4)
     cfg.encode_eval = dict(source="photographs", split="eval", tiles=8)
-    cfg.train_generator = dict(config=str(tmp_path / "generator.py"))
+    cfg.train_generator = dict(config=f"{tmp_path / 'generator.py'}:ar")
     cfg.sample = dict(num_images=8, batch=8)
     before = (folder / "report.json").read_text()
     page = pipeline.run(cfg, folder)
@@ -82,6 +83,21 @@ def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
     shutil.rmtree(folder / "samples")
     pipeline.run(cfg, folder)
     assert json.loads((folder / "samples" / "sampling.json").read_text())["scale"] == 2
+
+
+def test_a_masked_generator_comes_to_the_page_as_well(tmp_path, in_this_process):
+    folder = tmp_path / "run"
+    tokenizer_run(folder)
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    cfg = config.pipeline()
+    cfg.encode_train = dict(source="photographs", crop="scale", num_views=4)
+    cfg.encode_eval = dict(source="photographs", split="eval", tiles=8)
+    cfg.train_generator = dict(config=f"{tmp_path / 'generator.py'}:masked")
+    cfg.sample = dict(num_images=8, batch=8, scale=0.0, num_steps=2)
+    page = pipeline.run(cfg, folder)
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 < report["masked_val_loss"] < 5 and "ar_val_loss" not in report
+    assert f"{report['masked_val_loss']:.2f} nats" in page.read_text()
 
 
 def check_page(text, report):
@@ -104,6 +120,7 @@ def check_page(text, report):
         ({"config.num_steps": 0}, "num_steps=0 must be at least 1"),
         ({"config.num_step": 3}, "num_step"),
         ({"config": "nowhere.py"}, "nowhere.py"),
+        ({"config": "configs/quickstart.py"}, "objective='tokenizer', and the page is about one of ar, masked"),
     ],
 )
 def test_a_generator_that_cannot_be_trained_is_refused_before_any_stage(tmp_path, in_this_process, change, words):
@@ -111,7 +128,7 @@ def test_a_generator_that_cannot_be_trained_is_refused_before_any_stage(tmp_path
     (tmp_path / "report.json").write_text('{"num_steps": 1}')
     (tmp_path / "generator.py").write_text(GENERATOR)
     cfg = config.pipeline().to_dict()
-    cfg["train_generator"] = {"config": str(tmp_path / "generator.py"), **change}
+    cfg["train_generator"] = {"config": f"{tmp_path / 'generator.py'}:ar", **change}
     with pytest.raises((ValueError, OSError), match=words):
         pipeline.run(SimpleNamespace(to_dict=lambda: cfg), tmp_path)
     assert in_this_process == []

@@ -14,6 +14,8 @@ from gigatok_jax.metrics import format_duration
 
 Picture = Image.Image | Path
 
+LOSSES = {"ar_val_loss": "held-out id", "masked_val_loss": "masked id of held-out images"}  # nats per what
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1d2129; --faint: #667080; --rule: #dfe3e9;
   --mark: #1f62b2; --mark-soft: #dce8f6; }
@@ -57,7 +59,7 @@ def write_page(
 
     Args:
       title: what the run is called.
-      report: a tokenizer's `report.json`, with "ar_val_loss" and "unigram_entropy".
+      report: a tokenizer's `report.json`, with one of `LOSSES` and "unigram_entropy".
       reconstructions: held-out images over their reconstructions.
       drawn: (name, what it is, pictures decoded from ids).
       curves: (name, curves).
@@ -100,7 +102,8 @@ def _headline(report: Mapping[str, Any], stages: Sequence[tuple[str, float | Non
         note = f"{report['num_latent_tokens']} ids an image"
         tiles.append((f"{report['codebook_usage']:.0%}", f"of {report['codebook_size']:,} codes in use", note))
     note = f"each position's own distribution: {report['unigram_entropy']:.2f}"
-    tiles.append((f"{report['ar_val_loss']:.2f} nats", "per held-out id, by the generator", note))
+    loss, per = _loss(report)
+    tiles.append((f"{loss:.2f} nats", f"per {per}, by the generator", note))
     seconds = sum(seconds or 0 for _, seconds, _ in stages)
     tiles.append((format_duration(seconds), "for all stages", "without installation"))
     tile = '<div class="tile"><b>{}</b><span>{}</span><small>{}</small></div>'
@@ -112,11 +115,17 @@ def _lead(report: Mapping[str, Any]) -> str:
     return f"An image of {size}×{size} pixels as {ids} ids of {codes:,} codes, and a generator that writes such ids."
 
 
+def _loss(report: Mapping[str, Any]) -> tuple[float, str]:
+    """The generator's loss in nats, and per what."""
+    return next((report[name], per) for name, per in LOSSES.items() if name in report)
+
+
 def _gain(report: Mapping[str, Any]) -> str:
-    gain = report["unigram_entropy"] - report["ar_val_loss"]
+    loss, per = _loss(report)
+    gain = report["unigram_entropy"] - loss
     return (
-        f"On held-out ids the generator needs {gain:.2f} nats per id less than each position's own distribution of the "
-        "training ids; images drawn from that are the shuffled ones."
+        f"Per {per} the generator needs {gain:.2f} nats less than each position's own distribution of the training "
+        "ids; images drawn from that are the shuffled ones."
     )
 
 

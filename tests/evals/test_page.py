@@ -35,7 +35,16 @@ def page(tmp_path, report, counts, command="python -m it --name='<b>'"):
 def test_it_says_what_was_measured_and_needs_nothing_else(tmp_path):
     text = page(tmp_path, REPORT | SCORES, [5, 0, 1, 1, 1, 0, 0, 0])
     said = re.sub(r"<[^>]+>", " ", text)
-    for words in ("21.15 dB", "17.42 dB", "98%", "3.25 nats", "5.50", "2.25 nats per id", "4 of 8 occur", "1m05s"):
+    for words in (
+        "21.15 dB",
+        "17.42 dB",
+        "98%",
+        "3.25 nats",
+        "5.50",
+        "Per held-out id the generator needs 2.25 nats less",
+        "4 of 8 occur",
+        "1m05s",
+    ):
         assert words in said, words
     assert "a &amp; b" in text and "--name=&#x27;&lt;b&gt;&#x27;" in text
     pictures = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', text)
@@ -56,3 +65,9 @@ def test_the_histogram_falls_from_the_most_used(tmp_path, codes):
     path = re.search(r'class="area" d="([^"]+)"', page(tmp_path, REPORT, counts)).group(1)
     heights = [float(y) for y in re.findall(r"V([\d.]+) H", path)]
     assert len(heights) == min(codes, 1000) and heights == sorted(heights)
+
+
+def test_a_masked_generators_loss_is_said_to_be_of_masked_ids(tmp_path):
+    report = {name: value for name, value in REPORT.items() if name != "ar_val_loss"}
+    text = page(tmp_path, report | {"masked_val_loss": 1.75}, [5, 0, 1])
+    assert "1.75 nats" in text and "Per masked id of held-out images the generator needs 3.75 nats less" in text
