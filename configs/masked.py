@@ -21,10 +21,9 @@ cpu-tiny-titok is trained on the quickstart's photographs and sampled, by a pipe
     python -m gigatok_jax.train --config=configs/titok.py:cpu-tiny --workdir=runs/titok
     python -m gigatok_jax.pipeline --config=configs/pipelines/titok.py --run=runs/titok
 
-RESULT
-
-Hardware: an accelerator. Expected result: gFID 2.77, 2.48 and 1.97 over 256 px ImageNet are published; here not yet
-measured.
+Hardware: an accelerator, where gFID 2.77, 2.48 and 1.97 over 256 px ImageNet are published; here not yet measured. The
+tiny ones: 2 CPU cores; cpu-tiny-titok's pipeline takes 5 min 10 s beside other work. Expected result of it (seed 0):
+2.17 nats per masked id of 256 tiles of each held-out picture, each position's own distribution of training ids 3.22.
 """
 
 from ml_collections import ConfigDict

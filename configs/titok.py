@@ -4,9 +4,9 @@
 
 Single stage, pixels from the first step: bl-64-vq, bl-128-vq, sl-256-vq, and continuous latents ll-32-kl, bl-64-kl,
 bl-128-kl. Two stages: l-32, b-64, s-128 are the released models with their pixel decoder (stage 2); l-32-stage1 and so
-on learn the ids of a proxy tokenizer first, whose bundle --config.first_stage.bundle names. At 512 px, of which no
-weights are published: l-64-512, b-128-512. On a laptop, on the quickstart's photographs: cpu-tiny (single stage),
-cpu-tiny-kl, and in two stages
+on learn the ids of a proxy tokenizer first, whose bundle --config.first_stage.bundle names, and joined with it are what
+--config.start.bundle of stage 2 names. At 512 px, of which no weights are published: l-64-512, b-128-512. On a laptop,
+on the quickstart's photographs: cpu-tiny (single stage), cpu-tiny-kl, and in two stages, as at any size,
 
     python -m gigatok_jax.train --config=configs/maskgit_vqgan.py:cpu-tiny --workdir=runs/proxy
     python -m gigatok_jax.export --checkpoint=runs/proxy --bundle=runs/proxy/bundle
@@ -17,10 +17,10 @@ cpu-tiny-kl, and in two stages
     python -m gigatok_jax.train --config=configs/titok.py:cpu-tiny-stage2 --workdir=runs/titok-stage2 \\
         --config.start.bundle=runs/titok-stage1/bundle
 
-What their masked generator takes is in `configs/masked.py`.
+A masked generator of cpu-tiny's ids: `configs/pipelines/titok.py`.
 
 Hardware: the published runs used 32 to 64 A100s; not yet measured here. The small ones take 2 CPU cores 3 to 5 minutes
-each. Expected result of these (seed 0), on held-out crops whose own mean colours give 17.4 dB: cpu-tiny 20.7 dB,
+each, the proxy tokenizer one. Expected result of these (seed 0), on held-out crops whose own mean colours give 17.4 dB: cpu-tiny 20.7 dB,
 cpu-tiny-kl 24.2 dB, stage 1 17.7 dB as the proxy decodes it, stage 2 19.0 dB; codebook usage 96 to 99 %.
 """
 

@@ -59,6 +59,7 @@ def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str
             "step": step,
             "weights": source,
             "data": extra.get("data"),
+            "frozen": extra.get("frozen", {}),
             "versions": {"gigatok_jax": gigatok_jax.__version__, "jax": jax.__version__},
         }
         return bundle.save(

@@ -86,7 +86,8 @@ def test_stage_1_then_stage_2_resumed_to_the_bit(proxy, tmp_path):
     first = titok_run(STAGE_1, num_steps=4, first_stage__bundle=proxy)
     _, state = steps_of(tmp_path / "stage1", first)
     export.export(tmp_path / "stage1", tmp_path / "bundle", weights="raw")
-    export.joined(tmp_path / "bundle", proxy)
+    content = export.joined(tmp_path / "bundle", proxy)
+    assert content["provenance"]["frozen"]["first_stage"] == content["provenance"]["joined"]["proxy"]
 
     def second():
         cfg = titok_run(STAGE_2, num_steps=6, start__bundle=str(tmp_path / "bundle"))
@@ -107,6 +108,13 @@ def test_stage_1_then_stage_2_resumed_to_the_bit(proxy, tmp_path):
     shutil.rmtree(tmp_path / "bundle")  # a run that goes on needs it no more
     _, parts = steps_of(tmp_path / "parts", second())
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_weights_that_would_stay_as_drawn_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"trainable='decoder/\.\*' would keep weights as they are drawn: name the bundle"
+    ):
+        Run(titok_run(groups__tokenizer__trainable="decoder/.*").lock(), tmp_path)
 
 
 def test_a_start_of_another_model_is_refused(proxy, tmp_path):

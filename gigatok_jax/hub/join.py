@@ -12,7 +12,7 @@ def with_pixel_decoder(tokenizer: Bundle, proxy: Bundle) -> Bundle:
     """The bundle whose decoder turns the logits of the proxy's ids into pixels by the proxy's codebook and decoder.
 
     Raises:
-      ValueError: these are not a TiTok that gives logits, and a MaskGIT-VQGAN of as many ids.
+      ValueError: these are not a TiTok that gives logits and the MaskGIT-VQGAN whose ids it learnt.
     """
     section, theirs = dict(tokenizer.section), proxy.section
     if section["family"] != "titok" or section["head"] != "proxy":
@@ -21,6 +21,12 @@ def with_pixel_decoder(tokenizer: Bundle, proxy: Bundle) -> Bundle:
         raise ValueError(
             f"the proxy tokenizer is a {theirs['family']} of {theirs['codebook_size']} ids; wanted is a maskgit_vqgan "
             f"of {section['proxy_codebook_size']}"
+        )
+    learnt = tokenizer.provenance.get("frozen", {}).get("first_stage", proxy.hash)
+    if learnt != proxy.hash:
+        raise ValueError(
+            f"the first stage learnt the ids of the proxy tokenizer {learnt[:12]}…, this one is {proxy.hash[:12]}…: "
+            "name the bundle that config.first_stage.bundle named"
         )
     section |= {"head": "proxy_pixels"}
     section |= {f"proxy_{name}": theirs[name] for name in proxy_section(section) if f"proxy_{name}" in section}

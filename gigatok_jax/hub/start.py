@@ -12,7 +12,8 @@ from gigatok_jax.hub.sections import RUN_ONLY
 from gigatok_jax.train_state import TrainState
 
 SHOWN = 5  # fields in an error
-FREE = (*RUN_ONLY, "estimator", "dropout", "class_dropout")  # fields that weights do not depend on
+# Fields that trained weights do not depend on.
+FREE = (*RUN_ONLY, "estimator", "clustering", "dropout", "class_dropout", "kernel_gain", "position_std")
 
 
 def from_bundle(cfg: Mapping[str, Any], state: TrainState, mesh: Mesh) -> TrainState:
@@ -22,9 +23,15 @@ def from_bundle(cfg: Mapping[str, Any], state: TrainState, mesh: Mesh) -> TrainS
 
     Raises:
       FileNotFoundError, ImportError: as `bundle.load`.
-      ValueError: the bundle is of another model.
+      ValueError: the bundle is of another model; or none is, and untrained weights would stay as drawn.
     """
     name, kind = cfg["start"]["bundle"], "generator" if "generator" in cfg else "tokenizer"
+    trainable = cfg["groups"][kind]["trainable"]
+    if not name and trainable != ".*":
+        raise ValueError(
+            f"config.groups.{kind}.trainable={trainable!r} would keep weights as they are drawn: name the bundle that "
+            f"they come from with --config.start.bundle=FOLDER, or train all with --config.groups.{kind}.trainable='.*'"
+        )
     if not name:
         return state
     found = bundle.load(name, kind)
@@ -40,4 +47,7 @@ def _check(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Non
         differing = ["family"]
     if differing:
         told = ", ".join(f"{field}={theirs.get(field)!r} (here {ours[field]!r})" for field in differing[:SHOWN])
-        raise ValueError(f"config.start.bundle={name!r} is of another model: it has {told}")
+        raise ValueError(
+            f"config.start.bundle={name!r} is of another model: it has {told}; name a bundle of this model, or "
+            "give the config its fields"
+        )

@@ -98,3 +98,6 @@ def test_what_cannot_be_joined_is_refused(parts):
         join.with_pixel_decoder(proxy, stage1)
     with pytest.raises(ValueError, match="maskgit_vqgan of 1024"):
         join.with_pixel_decoder(stage1, stage1)
+    other = stage1._replace(provenance={"frozen": {"first_stage": "0" * 64}})
+    with pytest.raises(ValueError, match=r"learnt the ids of the proxy tokenizer 000000000000…"):
+        join.with_pixel_decoder(other, proxy)
