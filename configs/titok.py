@@ -20,8 +20,9 @@ on the quickstart's photographs: cpu-tiny (single stage), cpu-tiny-kl, and in tw
 A masked generator of cpu-tiny's ids: `configs/pipelines/titok.py`.
 
 Hardware: the published runs used 32 to 64 A100s; not yet measured here. The small ones take 2 CPU cores 3 to 5 minutes
-each, the proxy tokenizer one. Expected result of these (seed 0), on held-out crops whose own mean colours give 17.4 dB: cpu-tiny 20.7 dB,
-cpu-tiny-kl 24.2 dB, stage 1 17.7 dB as the proxy decodes it, stage 2 19.0 dB; codebook usage 96 to 99 %.
+each, the proxy tokenizer one. Expected result of these (seed 0), on held-out crops whose own mean colours give 17.4 dB:
+cpu-tiny 20.7 dB, cpu-tiny-kl 24.2 dB, stage 1 17.7 dB as the proxy decodes it, stage 2 19.0 dB; codebook usage 96 to
+99 %.
 """
 
 from ml_collections import ConfigDict
