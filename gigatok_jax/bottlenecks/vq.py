@@ -190,7 +190,8 @@ class VectorQuantizer(nn.Module):
 
     def soft_lookup(self, weights_BKV: jax.Array) -> jax.Array:
         """Latents (B, K, Z) that mix the entries by weights, such as probabilities (TiTok, `get_codebook_entry`)."""
-        return self._scaled(jnp.matmul(weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)))
+        weights_BKV, codebook_VZ = weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)
+        return self._scaled(jnp.matmul(weights_BKV, codebook_VZ, precision=_HIGHEST))
 
     def _pull(self, latents: tuple[jax.Array, jax.Array, jax.Array], ids_N: jax.Array) -> None:
         """Counts the entries' use and edits the codebook."""
