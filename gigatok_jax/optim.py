@@ -135,6 +135,11 @@ def freeze(group: Group, params: Any) -> Any:
     return jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, group.mask(params))
 
 
+def trained(group: Group, new: Any, old: Any) -> Any:
+    """`new` for what the group trains, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o, train: n if train else o, new, old, group.mask(old))
+
+
 def part_norms(gradients: Any) -> dict[str, jax.Array]:
     """The norm of each first-level part of a group's gradient (encoder, bottleneck, decoder, …)."""
     return {name: optax.global_norm(part) for name, part in gradients.items()}

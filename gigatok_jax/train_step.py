@@ -52,10 +52,8 @@ def make_train_step(
                 )
             else:
                 loss, state, metrics, gradients = _accumulated(total, trained, train.state, batch, key, accumulate)
-        params = train.params
-        if edited := getattr(objective, "edited", None):
-            params, state = edited(params, state)
-        return _apply(train, groups, active, params, loss, state, metrics, gradients)
+        edited, state = objective.edited(train.params, state)
+        return _apply(train, groups, active, edited, loss, state, metrics, gradients)
 
     return step_fn
 
@@ -155,7 +153,10 @@ def _apply(
     metrics: Metrics,
     gradients: dict[str, Any],
 ) -> tuple[TrainState, Metrics]:
-    """One update per active group from `edited` parameters, or none where the loss or any gradient is not finite."""
+    """One update per active group, or none where the loss or any gradient is not finite.
+
+    What a group trains moves from the `edited` parameters, what it does not train stays as it was.
+    """
     metrics = {"loss/total": loss, **metrics}
     params, opt, ema = dict(train.params), dict(train.opt), dict(train.ema)
     finite, norms = jnp.isfinite(loss), {}
@@ -167,7 +168,8 @@ def _apply(
         metrics |= {f"grad_norm/{name}/{part}": value for part, value in parts.items()}
         metrics[f"learning_rate/{name}"] = groups[name].rate(train.step)
     for name in active:
-        old = train.opt[name], optim.where(finite, edited[name], train.params[name]), train.step
+        start = optim.trained(groups[name], edited[name], train.params[name])
+        old = train.opt[name], optim.where(finite, start, train.params[name]), train.step
         params[name], opt[name] = optim.update_where(finite, groups[name], gradients[name], norms[name], *old)
         if name in ema:
             average = optim.average(groups[name], train.ema[name], params[name], train.step)

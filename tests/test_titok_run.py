@@ -1,4 +1,4 @@
-"""TiTok by the house's one loop: its stages, its mixtures with what GigaTok has, one device and eight."""
+"""TiTok by the house's one loop: its forms on one device and on eight, its two stages, what it refuses."""
 
 import shutil
 

@@ -7,6 +7,9 @@ import optax
 import pytest
 
 from gigatok_jax import objectives, sharding
+from gigatok_jax.objectives.ar import ARObjective
+from gigatok_jax.objectives.masked import MaskedObjective
+from gigatok_jax.objectives.probe import ProbeObjective
 from gigatok_jax.objectives.tokenizer import Phase, TokenizerObjective
 from gigatok_jax.train_step import broken_terms, make_train_step
 from tests.steps import (
@@ -18,6 +21,7 @@ from tests.steps import (
     sgd_groups,
     tiny_objective,
 )
+from tests.test_titok_run import FORMS, titok_run
 from tests.tiny import TINIEST, tiny_run
 
 
@@ -134,6 +138,29 @@ def test_frozen_paths_have_no_gradient_and_no_moments():
         assert float(metrics[f"grad_norm/tokenizer/{name}"]) == 0
     paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(before.opt["tokenizer"])]
     assert paths and not [path for path in paths if "/encoder/" in path]
+
+
+@pytest.mark.parametrize("trainable", ["decoder/.*", ".*"])
+def test_edits_reach_what_is_trained_only(trainable):
+    cfg = titok_run(FORMS["clustering"])
+    cfg.groups.tokenizer.update(trainable=trainable, warmup_steps=0)
+    objective = objectives.build(cfg)
+    step, before, batch = build(cfg, objective, adam_groups(cfg), ONE, step=0)
+    after, _ = step(before, {}, batch)
+    old, new = (state.params["tokenizer"]["bottleneck"]["codebook"] for state in (before, after))
+    assert ((old != new).any(-1).sum() > 32) == (trainable == ".*")  # most entries are seldom used
+    if trainable != ".*":
+        np.testing.assert_array_equal(new, old)
+        np.testing.assert_array_equal(after.ema["tokenizer"]["bottleneck"]["codebook"], old)
+    edit = after.state["tokenizer"]["edits"]
+    jax.tree.map(np.testing.assert_array_equal, edit, before.state["tokenizer"]["edits"])
+
+
+@pytest.mark.parametrize("kind", [TokenizerObjective, ARObjective, MaskedObjective, ProbeObjective])
+def test_without_edits_nothing_is_copied(kind):
+    params, state = {"one": {}}, {"another": {}}
+    edited = kind.edited(None, params, state)
+    assert edited[0] is params and edited[1] is state
 
 
 @pytest.mark.parametrize("warmed_up", [True, False])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.bottlenecks.codes import Codes
+from gigatok_jax.bottlenecks.edits import Edit
 
 ESTIMATORS = ("straight_through", "rotation")
 USAGE_DECAY = 0.99  # of the moving average of entries' use (CVQ-VAE's)
@@ -129,7 +130,7 @@ class VectorQuantizer(nn.Module):
     `normalized`: latents and entries are unit vectors; they also start as such, else as `uniform_init`.
     `clustering`: in training, entries that are seldom used are pulled to the global batch's nearest latents (CVQ-VAE,
     arXiv 2307.15139; TA-TiTok). The share of latents that choose each entry is kept in the collection `statistics`, and
-    what becomes of the codebook in `edits`: it is to be keep · codebook + add, without a gradient.
+    what becomes of the codebook, without a gradient, in `edits` (`bottlenecks.edits`).
     In training `losses` holds `codebook` (mean (q − sg z)²), `commitment` (mean (sg q − z)², unweighted) and
     `entropy` (row entropy minus entropy of the mean, over the global batch); jit drops what nobody reads.
     """
@@ -150,8 +151,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = self.param("codebook", init, (size, dim))
         if self.clustering and self.is_mutable_collection("statistics"):  # elsewhere there may be none
             self.usage = self.variable("statistics", "usage", jnp.zeros, (size,), jnp.float32)
-            self.keep = self.variable("edits", "keep", jnp.ones, (size,), jnp.float32)
-            self.add = self.variable("edits", "add", jnp.zeros, (size, dim), jnp.float32)
+            self.edit = self.variable("edits", "codebook", Edit.none, (size, dim))
 
     def __call__(self, pre_BKZ: jax.Array, *, key: jax.Array | None = None, train: bool = False) -> Codes:
         del key  # deterministic
@@ -190,7 +190,8 @@ class VectorQuantizer(nn.Module):
 
     def soft_lookup(self, weights_BKV: jax.Array) -> jax.Array:
         """Latents (B, K, Z) that mix the entries by weights, such as probabilities (TiTok, `get_codebook_entry`)."""
-        return self._scaled(jnp.matmul(weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)))
+        weights_BKV, codebook_VZ = weights_BKV.astype(jnp.float32), self.codebook.astype(jnp.float32)
+        return self._scaled(jnp.matmul(weights_BKV, codebook_VZ, precision=_HIGHEST))
 
     def _pull(self, latents: tuple[jax.Array, jax.Array, jax.Array], ids_N: jax.Array) -> None:
         """Counts the entries' use and edits the codebook."""
@@ -201,8 +202,7 @@ class VectorQuantizer(nn.Module):
         share_V = jnp.exp(-10 * self.codebook_size * usage_V / (1 - USAGE_DECAY) - 1e-3)
         if not self.is_initializing():
             self.usage.value = usage_V
-            self.keep.value = self.keep.value * (1 - share_V)
-            self.add.value = self.add.value * (1 - share_V)[:, None] + share_V[:, None] * pre_NZ[nearest_V]
+            self.edit.value = self.edit.value.then(1 - share_V, share_V[:, None] * pre_NZ[nearest_V])
 
     def _scaled(self, x: jax.Array) -> jax.Array:
         return unit(x.astype(jnp.float32)) if self.normalized else x.astype(jnp.float32)

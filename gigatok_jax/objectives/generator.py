@@ -94,6 +94,10 @@ class GeneratorObjective:
         """(params, state, frozen, batch, key, step) → (loss, (state, metrics)) of a phase."""
         raise NotImplementedError
 
+    def edited(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Any, Any]:
+        """(params, state) after edits without a gradient: as they came."""
+        return params, state
+
     def held_out(
         self, params: Mapping[str, Any], ids_BK: jax.Array, class_B: jax.Array, number_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:

@@ -117,6 +117,10 @@ class ProbeObjective(NamedTuple):
 
         return objective
 
+    def edited(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Any, Any]:
+        """(params, state) after edits without a gradient: as they came."""
+        return params, state
+
     def logits(
         self, params: Mapping[str, Any], state: Mapping[str, Any], frozen: Mapping[str, Any], image_BHWC: jax.Array
     ) -> jax.Array:

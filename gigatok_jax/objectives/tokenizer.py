@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gigatok_jax.bottlenecks import edits
 from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.losses import adversarial, lecam, pixel, semantic
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
@@ -173,14 +174,11 @@ class TokenizerObjective(NamedTuple):
         return objective
 
     def edited(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(params, state) after the edits of the codebook that `state` holds; what the optimiser then moves."""
+        """(params, state) after the edits that the tokenizer keeps in `state`; the optimiser moves what it trains."""
         if "edits" not in (kept := state.get("tokenizer", {})):
             return params, state
-        edits, parts = kept["edits"]["bottleneck"], params["tokenizer"]
-        codebook = edits["keep"][:, None] * parts["bottleneck"]["codebook"] + edits["add"]
-        none = {"keep": jnp.ones_like(edits["keep"]), "add": jnp.zeros_like(edits["add"])}
-        params = {**params, "tokenizer": {**parts, "bottleneck": {**parts["bottleneck"], "codebook": codebook}}}
-        return params, {**state, "tokenizer": {**kept, "edits": {"bottleneck": none}}}
+        params = {**params, "tokenizer": edits.applied(params["tokenizer"], kept["edits"])}
+        return params, {**state, "tokenizer": {**kept, "edits": edits.cleared(kept["edits"])}}
 
     def _image_terms(self, images: dict[str, jax.Array], target: jax.Array, frozen: Any) -> dict[str, jax.Array]:
         w, terms = self.weights, {}

@@ -81,10 +81,10 @@ def make_steps(
 
 
 def mask_counts(num_tokens: int, num_steps: int, schedule: str) -> np.ndarray:
-    """(T,) int32: how many ids each step leaves masked; one id at least is won at each, and all at the last.
+    """(T,) int32: how many ids each step leaves masked: all but one at most while there are two, none after the last.
 
-    The published sampler counts what is masked in the first image of a batch. Where no two ids are exactly as sure,
-    that is the same number in every image, and this one.
+    The published sampler counts what is masked in the first image of a batch, and masks all that are exactly as sure as
+    the last that it should. Where no two are, that is the same number in every image, and this one.
     """
     counts, left = [], num_tokens
     for r in np.arange(1, num_steps) / num_steps:
@@ -138,8 +138,8 @@ def generate(
         drawn_BK = jnp.argmax(logits_BKV + now.noise * gumbel(u_BKV), axis=-1).astype(jnp.int32)
         score_BK = jnp.take_along_axis(logits_BKV, drawn_BK[..., None], axis=-1)[..., 0]
         sure_BK = jnp.where(known_BK, jnp.inf, score_BK) + now.noise * gumbel(u_BK)
-        last_B1 = jax.lax.dynamic_slice_in_dim(jnp.sort(sure_BK, axis=-1), now.masked - 1, 1, axis=1)
-        again_BK = (now.masked > 0) & (sure_BK <= last_B1)
+        # By rank, not by the last one's sureness: in bfloat16 others tie with it.
+        again_BK = jnp.argsort(jnp.argsort(sure_BK, axis=-1), axis=-1) < now.masked
         return jnp.where(again_BK, model.mask_id, jnp.where(known_BK, ids_BK, drawn_BK)), None
 
     ids_BK = constrain(jnp.full((batch, K), model.mask_id, jnp.int32), "batch", None)

@@ -1,11 +1,11 @@
-"""The Gaussian bottleneck: its divergence, its noise and its gradient."""
+"""The Gaussian bottleneck: its divergence, its noise and their gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax.bottlenecks.kl import KLBottleneck, divergence
+from gigatok_jax.bottlenecks.kl import LOG_VARIANCE, KLBottleneck, divergence
 
 
 def test_divergence_is_that_of_distributions():
@@ -29,6 +29,25 @@ def test_draws_in_training_only_and_by_its_key():
     np.testing.assert_allclose(noise, jax.random.normal(jax.random.key(1), noise.shape), rtol=1e-4, atol=1e-5)
     per_image = divergence(moments[..., :4], moments[..., 4:]).sum(1)
     np.testing.assert_allclose(drawn.losses["kl"], per_image.mean(), rtol=1e-6)
+
+
+def test_gradients_are_those_of_the_drawn_latents_and_of_the_divergence():
+    mean, log_variance = jax.random.normal(jax.random.key(0), (2, 2, 3, 4))
+    log_variance = log_variance.at[0, 0, :2].set(jnp.array([-31.0, 21.0]))  # beyond the clip on either side
+    key, within = jax.random.key(1), (log_variance > LOG_VARIANCE[0]) & (log_variance < LOG_VARIANCE[1])
+
+    def run(mean, log_variance):
+        codes = KLBottleneck(4).apply({}, jnp.concatenate([mean, log_variance], -1), key=key, train=True)
+        return codes.latents_BKZ.sum(), codes.losses["kl"]
+
+    (of_mean, of_log_variance), (kl_mean, kl_log_variance) = jax.jacrev(run, argnums=(0, 1))(mean, log_variance)
+    half = 0.5 * jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    np.testing.assert_array_equal(of_mean, jnp.ones_like(mean))
+    np.testing.assert_allclose(of_log_variance, jnp.where(within, half, 0.0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(kl_mean, mean / 2, rtol=1e-6)  # the mean over two images
+    in_kl = jnp.where(within, 0.5 * (jnp.exp(log_variance) - 1) / 2, 0.0)
+    np.testing.assert_allclose(kl_log_variance, in_kl, rtol=1e-5, atol=1e-6)
+    assert within.sum() == within.size - 2
 
 
 def test_log_variances_are_clipped():

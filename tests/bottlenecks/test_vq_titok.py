@@ -45,6 +45,19 @@ def test_values_and_gradients(golden, name, normalized):
     assert_close_tree(soft, want["soft_entry"])
 
 
+def test_mixtures_are_float32_wherever_they_are_multiplied():
+    """A TPU multiplies float32 in bfloat16 unless it is told otherwise; the gradients' products are told too."""
+    module, weights = quantizer(), jnp.ones((2, 3, CODES))
+
+    def total(codebook, weights):
+        return module.apply({"params": {"codebook": codebook}}, weights, method="soft_lookup").sum()
+
+    traced = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(jnp.ones((CODES, DIM)), weights)
+    products = [one for one in traced.eqns if one.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert {one.params["precision"] for one in products} == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 def edited(codebook, kept):
     """The codebook after the edits that a step has kept, as the train step makes them."""
     objective = TokenizerObjective(*[None] * 5)

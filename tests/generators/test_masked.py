@@ -51,19 +51,25 @@ def test_taps_and_rematerialisation_change_nothing(architecture):
     model, params = drawn_masked(architecture)
     layers, ids = (5 if architecture == "uvit" else 4), jnp.arange(2 * K, dtype=jnp.int32).reshape(2, K) % (V + 1)
 
-    def run(model, taps):
+    def run(model, taps, weight=0.0):
         def loss(params):
             logits, out = model.apply({"params": params}, ids, jnp.array([0, CLASSES]), taps=taps)
-            return jnp.square(logits).mean() + sum(jnp.square(x).mean() for x in out.values()) * 0, (logits, out)
+            of_taps = sum(jnp.power(x, 3).mean() for x in out.values())
+            return jnp.square(logits).mean() + weight * of_taps, (logits, out)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
+    every, remat = tuple(range(1, layers + 1)), masked.build(tiny_masked(architecture, remat="full"))
     (_, (plain, none)), gradient = run(model, ())
-    remat = masked.build(tiny_masked(architecture, remat="full"))
-    (_, (tapped, out)), again = run(remat, tuple(range(1, layers + 1)))
-    assert none == {} and set(out) == {f"layer_{n}" for n in range(1, layers + 1)}
+    (_, (tapped, out)), again = run(remat, every)
+    assert none == {} and set(out) == {f"layer_{n}" for n in every}
     assert_close_tree(tapped, plain, 1e-5)
     assert_same_leaves(again, gradient, rtol=1e-5)
+    (_, (_, kept)), gradient = run(model, every, 0.1)
+    assert_close_tree(out, kept, 1e-5)
+    assert_same_leaves(run(remat, every, 0.1)[1], gradient, rtol=1e-5)
+    with pytest.raises(AssertionError):  # what the taps' own gradient adds is no rounding
+        assert_same_leaves(again, gradient, rtol=1e-2)
     last = out[f"layer_{layers}"][:, 1:]
     if architecture == "uvit":
         last = model.bind({"params": params}).norm_out(last)
