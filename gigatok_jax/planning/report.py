@@ -72,7 +72,7 @@ def advice(row: Mapping[str, Any]) -> str:
     helps = {
         "--mesh=fsdp=N with a larger N": mesh["data"] > 1,
         "a larger --config.accumulate": train,
-        f"--config.{section}.remat=full": train and settings["remat"] != "full",
+        f"--config.{section}.remat=full": train and settings.get("remat", "full") != "full",
         "a smaller --config.tokenizer.codebook_chunk": section == "tokenizer",
         "--config.sharding.offload=moments": train and settings["offload"] == "none",
         "more chips": mesh["data"] == 1,

@@ -114,7 +114,9 @@ def settings(cfg: ConfigDict) -> dict[str, Any]:
     """What of a config bears on a plan, beside its sizes."""
     model = cfg["generator" if "generator" in cfg else "tokenizer"]
     named = {"preset": cfg.sharding.preset, "offload": cfg.sharding.offload, "accumulate": cfg.accumulate}
-    return {**named, "dtype": cfg.dtype, "attention": model.attention, "remat": model.remat}
+    # Tokenizers of convolutions alone have no such choice.
+    chosen = {name: model[name] for name in ("attention", "remat") if name in model}
+    return {**named, "dtype": cfg.dtype, **chosen}
 
 
 def _phase_notes(phases: Mapping[str, int], peak: float, most: float) -> list[str]:
