@@ -9,25 +9,31 @@ from jax.sharding import Mesh
 
 from gigatok_jax import objectives, sharding
 from gigatok_jax.blueprint import Blueprint
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, to_unit_range
 from gigatok_jax.sampling import ar, guidance, masked, precision
 
 
 def inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
-    """(tokenizer parameters, x) → y of "encode" (uint8 images → ids) or "decode" (ids → images)."""
+    """(tokenizer parameters, x) → y of "encode" (uint8 images → codes) or "decode" (codes → images).
+
+    Codes are ids (B, K), or the latents (B, K, Z) of a tokenizer that has no ids.
+    """
 
     def apply(params: Any, method: str, x: Any) -> Any:
         return objective.tokenizer.apply({"params": params}, x, method=method)
 
     def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
         with placing(sharding.placement(mesh)):
-            return apply(gathered(params), "encode", to_unit_range(image_BHWC))[0].ids_BK
+            codes = apply(gathered(params), "encode", to_unit_range(image_BHWC))[0]
+            return codes.latents_BKZ if codes.ids_BK is None else codes.ids_BK
 
-    def decode(params: Any, ids_BK: jax.Array) -> jax.Array:
+    def decode(params: Any, rows: jax.Array) -> jax.Array:
         with placing(sharding.placement(mesh)):
             params = gathered(params)
-            return apply(params, "decode", apply(params, "lookup", ids_BK))[0].astype(jnp.float32)
+            codes = apply(params, "lookup", rows) if rows.ndim == 2 else Codes.of_latents(rows)
+            return apply(params, "decode", codes)[0].astype(jnp.float32)
 
     return {"encode": encode, "decode": decode}[name]
 

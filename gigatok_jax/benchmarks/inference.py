@@ -22,23 +22,32 @@ def fresh_params(plan: Blueprint, group: str) -> Any:
 
 
 def inference_call(plan: Blueprint, name: str) -> Call:
-    """Encode (uint8 images → ids) or decode (ids → images) of one microbatch, parameters lying as in training."""
+    """Encode or decode of one microbatch (see `programs.inference`), parameters lying as in training."""
     cfg, mesh = plan.cfg, plan.mesh
     images = cfg.global_batch // cfg.accumulate
     shapes = plan.abstract.params["tokenizer"]
     if name == "encode":
         x = synthetic_batch(plan, images)["image"]
     else:
-        first, last = sharding.process_rows(mesh, images)
-        shape = last - first, cfg.tokenizer.num_latent_tokens
-        ids = np.random.default_rng(cfg.seed).integers(0, cfg.tokenizer.codebook_size, shape, np.int32)
-        x = sharding.place_rows(ids, mesh, images, first)
+        x = _synthetic_codes(plan, images)
     jitted = jax.jit(programs.inference(plan.objective, name, mesh), out_shardings=sharding.batch_sharding(mesh))
     started = time.monotonic()
     compiled = jitted.lower(shapes, x).compile()
     seconds = time.monotonic() - started
     flops = count_flops(programs.inference(plan.counted, name, mesh), shapes, x)
     return Call(lambda params: (params, compiled(params, x)), compiled, seconds, images, flops)
+
+
+def _synthetic_codes(plan: Blueprint, images: int) -> jax.Array:
+    """Uniform ids, or normal latents for a tokenizer that has no ids, as `programs.inference` decodes them."""
+    section, rng = plan.cfg.tokenizer, np.random.default_rng(plan.cfg.seed)
+    first, last = sharding.process_rows(plan.mesh, images)
+    shape = last - first, section.num_latent_tokens
+    if section.codebook_size:
+        codes = rng.integers(0, section.codebook_size, shape, np.int32)
+    else:
+        codes = rng.standard_normal((*shape, section.code_dim), np.float32)
+    return sharding.place_rows(codes, plan.mesh, images, first)
 
 
 def held(plan: Blueprint, params: Any, dtype: str) -> Any:
