@@ -10,7 +10,6 @@ from gigatok_jax import programs, sharding
 from gigatok_jax.benchmarks.timing import Call
 from gigatok_jax.benchmarks.training import synthetic_batch
 from gigatok_jax.blueprint import Blueprint
-from gigatok_jax.sampling import masked, precision
 from gigatok_jax.scaling.flops import count_flops
 
 
@@ -70,18 +69,11 @@ def sample_call(plan: Blueprint, params: Any, scale: float, dtype: str) -> Call:
 
 
 def sampling_bytes(plan: Blueprint, params: Any, scale: float, dtype: str) -> float:
-    """Bytes that must be read for one microbatch: at each position all weights but the tables, and the cache so far.
-
-    Of a masked generator the weights, at each of its steps.
+    """Bytes that must be read for one microbatch, all weights but the tables as often as its family reads them.
 
     `held` parameters count as they lie: int8 matrices by a byte an entry, and their scales.
     """
-    model, cfg = plan.objective.generator, plan.cfg
     read = {name: part for name, part in params.items() if name not in ("id_embed", "class_embed", "token_pos")}
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
-    if cfg.objective == "masked":
-        return len(masked.make_steps(model.num_latent_tokens).masked) * weights
-    rows = cfg.global_batch // cfg.accumulate * (2 if scale != 1 else 1)
-    K = model.num_latent_tokens
-    position = 2 * model.stack.depth * model.width * rows * precision.arithmetic(dtype).itemsize
-    return K * (weights + position * (K + 1) / 2)
+    family, model, steps = programs.sampling(plan, scale, dtype)
+    return family.bytes_read(model, steps, weights, plan.cfg.global_batch // plan.cfg.accumulate)
