@@ -12,7 +12,7 @@ for its default number of steps. The batch b is any; weights are the bundle's te
 program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gigatok_jax.objectives.tokenizer import image_codes, image_ids
 from gigatok_jax.sampling import ar
 from gigatok_jax.sampling.samplers import SAMPLERS
 
-Program = tuple[Any, ...]  # a function, and the shapes of what it takes beside the weights
+Program = tuple[Callable[..., jax.Array], *tuple[Any, ...]]
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
