@@ -25,10 +25,10 @@ from gigatok_jax.benchmarks.inference import fresh_params, held, inference_call,
 from gigatok_jax.benchmarks.inputs import input_speed
 from gigatok_jax.benchmarks.timing import describe, measure, memory_gib_per_second
 from gigatok_jax.benchmarks.training import train_call
-from gigatok_jax.blueprint import Blueprint, build
+from gigatok_jax.blueprint import Blueprint, build, model_group
 from gigatok_jax.sampling.precision import DTYPES
 
-WHAT = {"tokenizer": ("train", "encode", "decode"), "ar": ("train", "sample"), "masked": ("train", "sample")}
+WHAT = {"tokenizer": ("train", "encode", "decode"), "generator": ("train", "sample")}
 
 
 def benchmark(
@@ -51,7 +51,7 @@ def benchmark(
     and cache takes at the bandwidth of a copy, `memory_gib_per_second`, over the time it took.
 
     Args:
-      what: names out of `WHAT` for the config's objective; all of them if None.
+      what: names out of `WHAT` for what the config trains; all of them if None.
       steps, warmup: calls timed, and calls before them.
       step: step of the run, counted from 0, whose phase is trained; None is the last step.
       scale: guidance scale of sampling.
@@ -60,7 +60,7 @@ def benchmark(
       ValueError: for arguments out of range, or a config that cannot run here.
       ImportError: int8 without the package qwix.
     """
-    known = WHAT[cfg.objective]
+    known = WHAT[model_group(cfg)]
     what = known if what is None else what
     if unknown := set(what) - set(known):
         raise ValueError(f"what={', '.join(sorted(unknown))} is not among {', '.join(known)}")

@@ -33,8 +33,13 @@ class Blueprint(NamedTuple):
 
     @property
     def model(self) -> str:
-        """The group of the tokenizer, or of the generator."""
-        return "generator" if "generator" in self.cfg else "tokenizer"
+        """See `model_group`."""
+        return model_group(self.cfg)
+
+
+def model_group(cfg: Mapping[str, Any]) -> str:
+    """What a config trains, "tokenizer" or "generator": the name of its section and of its group."""
+    return "generator" if "generator" in cfg else "tokenizer"
 
 
 def build(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Blueprint:
@@ -55,7 +60,7 @@ def build(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bluep
 def counted(cfg: ConfigDict, *, recomputed: bool = True) -> Any:
     """The objective of a config with attention as plain products, and on wish without any recomputation."""
     plain = cfg.copy_and_resolve_references().unlock()
-    section = plain["generator" if "generator" in plain else "tokenizer"]
+    section = plain[model_group(plain)]
     section.attention = "xla"
     if not recomputed:
         section.update({field: off for field, off in NO_REMAT.items() if field in section})

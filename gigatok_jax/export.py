@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 import gigatok_jax
 from gigatok_jax import program
+from gigatok_jax.blueprint import model_group
 from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, join, stablehlo
 from gigatok_jax.metrics import tensor_progress
@@ -43,7 +44,7 @@ def export(checkpoint: Path, out: Path, *, step: int | None = None, weights: str
         raise FileNotFoundError(f"{folder} is no folder; --checkpoint is a run's --workdir")
     with Checkpointer(folder, read_only=True) as checkpoints:
         step, cfg, extra = checkpoints.stored(step)
-        kind = "generator" if "generator" in cfg else "tokenizer"
+        kind = model_group(cfg)
         if kind not in cfg:
             raise ValueError(
                 f"{folder} is of no tokenizer and no generator (of a probe?): name a run of gigatok_jax.train"

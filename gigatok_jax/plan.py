@@ -23,6 +23,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from gigatok_jax import config, program
+from gigatok_jax.blueprint import model_group
 from gigatok_jax.planning import golden as records
 from gigatok_jax.planning import growth, parameters, picture, report, search, topology
 from gigatok_jax.scaling import chips
@@ -107,10 +108,10 @@ def plan_topologies(
       ValueError, RuntimeError: as `planning.topology.plan`; a row is not as recorded. Rows that were made are shown.
     """
     topologies = [chips.topology(name) for name in names]
-    programs = what or topology.PROGRAMS[cfg.objective]
-    if unknown := set(programs) - set(topology.PROGRAMS[cfg.objective]):
-        known = ", ".join(topology.PROGRAMS[cfg.objective])
-        raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(sorted(unknown))}, but {known}")
+    known = topology.PROGRAMS[model_group(cfg)]
+    programs = what or known
+    if unknown := sorted(set(programs) - set(known)):
+        raise ValueError(f"--what={','.join(what)}: this config has no {', '.join(unknown)}, but {', '.join(known)}")
     if (tries or grow) and (len(names) > 1 or per_device or what not in ((), [], ["train"])):
         raise ValueError("--search and --largest_batch take one --topology, no --per_device_batch, and --what=train")
     if update and not golden:

@@ -9,27 +9,41 @@ from jax.sharding import Mesh
 
 from gigatok_jax import objectives, sharding
 from gigatok_jax.blueprint import Blueprint
+from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.nn.constrain import gathered, placing
 from gigatok_jax.objectives.tokenizer import TokenizerObjective, to_unit_range
-from gigatok_jax.sampling import ar, guidance, masked, precision
+from gigatok_jax.sampling import ar, precision
+from gigatok_jax.sampling.samplers import SAMPLERS, Sampler
 
 
 def inference(objective: TokenizerObjective, name: str, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
-    """(tokenizer parameters, x) → y of "encode" (uint8 images → ids) or "decode" (ids → images)."""
+    """(tokenizer parameters, x) → y of "encode" (uint8 images → codes) or "decode" (codes → images).
+
+    Codes are ids (B, K), or the latents (B, K, Z) of a tokenizer that has no ids.
+    """
 
     def apply(params: Any, method: str, x: Any) -> Any:
         return objective.tokenizer.apply({"params": params}, x, method=method)
 
     def encode(params: Any, image_BHWC: jax.Array) -> jax.Array:
         with placing(sharding.placement(mesh)):
-            return apply(gathered(params), "encode", to_unit_range(image_BHWC))[0].ids_BK
+            codes = apply(gathered(params), "encode", to_unit_range(image_BHWC))[0]
+            return codes.latents_BKZ if codes.ids_BK is None else codes.ids_BK
 
-    def decode(params: Any, ids_BK: jax.Array) -> jax.Array:
+    def decode(params: Any, rows: jax.Array) -> jax.Array:
         with placing(sharding.placement(mesh)):
             params = gathered(params)
-            return apply(params, "decode", apply(params, "lookup", ids_BK))[0].astype(jnp.float32)
+            codes = apply(params, "lookup", rows) if rows.ndim == 2 else Codes.of_latents(rows)
+            return apply(params, "decode", codes)[0].astype(jnp.float32)
 
     return {"encode": encode, "decode": decode}[name]
+
+
+def sampling(plan: Blueprint, scale: float, dtype: str) -> tuple[Sampler, Any, Any]:
+    """(The `Sampler` of a generator's family, its model in the arithmetic of `dtype`, steps guided by `scale`)."""
+    family = SAMPLERS[plan.cfg.generator.family]
+    model = objectives.build_generator(plan.cfg.generator, precision.arithmetic(dtype))
+    return family, model, family.constant(model.num_latent_tokens, scale)
 
 
 def sampler(plan: Blueprint, images: int, scale: float, dtype: str) -> Callable[[Any, jax.Array], jax.Array]:
@@ -37,19 +51,11 @@ def sampler(plan: Blueprint, images: int, scale: float, dtype: str) -> Callable[
 
     A masked generator takes its default number of steps.
     """
-    model = objectives.build_generator(plan.cfg.generator, precision.arithmetic(dtype))
-    K = model.num_latent_tokens
-    of_family: Any = ar
-    if plan.cfg.objective == "masked":
-        of_family, scales = masked, masked.make_steps(K, schedule="constant", scale=scale - 1)
-    else:
-        scales = guidance.scales("constant", scale, K)
+    family, model, steps = sampling(plan, scale, dtype)
 
     def sample(params: Any, class_B: jax.Array) -> jax.Array:
         with placing(sharding.placement(plan.mesh)):
-            keys_B = ar.image_keys(0, jnp.arange(images))
-            options = {"dtype": dtype} if of_family is ar else {}
-            return of_family.generate(model, params, class_B, keys_B, scales, **options)
+            return family.generate(model, params, class_B, ar.image_keys(0, jnp.arange(images)), steps)
 
     return sample
 
@@ -61,6 +67,4 @@ def held(plan: Blueprint, params: Any, dtype: str) -> Any:
       ValueError: for a dtype that its family does not sample in.
       ImportError: int8 without the package qwix.
     """
-    if plan.cfg.objective == "masked":
-        return masked.held(params, dtype)
-    return precision.held(params, plan.objective.generator.stack.depth, dtype)
+    return SAMPLERS[plan.cfg.generator.family].held(params, dtype)

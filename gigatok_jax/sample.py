@@ -33,12 +33,11 @@ from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.generators.masked import MASK_SCHEDULES
 from gigatok_jax.hub import bundle
 from gigatok_jax.metrics import Progress
-from gigatok_jax.sampling import guidance, masked
 from gigatok_jax.sampling.agreement import agreement
 from gigatok_jax.sampling.base import MAX_SEED, LabelPipeline
-from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
-from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline, generator_pipeline
+from gigatok_jax.sampling.pipelines import TokenizerPipeline, generator_pipeline
 from gigatok_jax.sampling.precision import DTYPES
+from gigatok_jax.sampling.samplers import SAMPLERS
 from gigatok_jax.settings import keep
 
 SHOWN = 64  # images on the grid at most
@@ -126,13 +125,11 @@ def collect(out: Path, labels: np.ndarray, class_names: tuple[str, ...]) -> None
     picture_grid(images[:SHOWN], names).save(out / "grid.png")
 
 
-def compare(
-    generator: GeneratorPipeline, labels: np.ndarray, *, batch: int, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The `agreement` of an AR generator with itself in float32, under the seed and guidance of `settings`."""
+def compare(generator: LabelPipeline, labels: np.ndarray, *, batch: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The `agreement` of a generator that follows ids with itself in float32, under `settings`' seed and guidance."""
     print(f"comparing the ids of {len(labels)} images with float32's", file=sys.stderr)
     line = Progress(-(-len(labels) // batch), global_batch=batch, warmup_updates=1)
-    reference = GeneratorPipeline(bundle.load(generator.bundle.folder, "generator"), mesh=generator.mesh)
+    reference = generator_pipeline(bundle.load(generator.bundle.folder, "generator"), mesh=generator.mesh)
     kept = {name: settings[name] for name in ("seed", *GUIDANCE) if name in settings}
     facts = agreement(reference, generator, labels, batch=batch, on_batch=lambda done, _: line.update(done), **kept)
     line.end_line()
@@ -140,7 +137,8 @@ def compare(
 
 
 FLAGS = flags.FLAGS
-OPTIONS = sorted({*GeneratorPipeline.defaults, *MaskedPipeline.defaults})
+DEFAULTS = {family: sampler.pipeline.defaults for family, sampler in SAMPLERS.items()}
+OPTIONS = sorted({name for defaults in DEFAULTS.values() for name in defaults})
 
 
 def settings_of(generator: LabelPipeline) -> dict[str, Any]:
@@ -157,6 +155,12 @@ def settings_of(generator: LabelPipeline) -> dict[str, Any]:
     return {**generator.defaults, **given}
 
 
+def default(name: str) -> str:
+    """What an option is by default, in words, of each family that has it."""
+    found = [f"{defaults[name]} ({family})" for family, defaults in DEFAULTS.items() if name in defaults]
+    return f"By default {', '.join(found)}."
+
+
 def define_flags() -> None:
     """Called only where this module is the program."""
     flags.DEFINE_string("generator", None, "The generator's bundle.", required=True)
@@ -166,27 +170,21 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write.", required=True)
     flags.DEFINE_integer("seed", 0, "Of all images.", lower_bound=0, upper_bound=MAX_SEED)
     flags.DEFINE_integer("batch", 16, "Images at once, over a process' devices.", lower_bound=1)
-    ours, theirs = GeneratorPipeline.defaults, MaskedPipeline.defaults  # of AR and of masked generators
-    schedules = [*guidance.SCHEDULES, *(name for name in masked.SCHEDULES if name not in guidance.SCHEDULES)]
-
-    def both(name: str) -> str:
-        return f"{ours[name]} by default, masked {theirs[name]}."
-
-    flags.DEFINE_float("scale", None, f"Guidance scale; 1 is none, masked 0: {both('scale')}", lower_bound=0.0)
-    flags.DEFINE_enum("schedule", None, schedules, f"How the guidance goes along a sequence: {both('schedule')}")
+    schedules = list(dict.fromkeys(name for sampler in SAMPLERS.values() for name in sampler.schedules))
+    flags.DEFINE_float("scale", None, f"Guidance scale; 1 is none, masked 0. {default('scale')}", lower_bound=0.0)
+    flags.DEFINE_enum("schedule", None, schedules, f"How the guidance goes along a sequence. {default('schedule')}")
     flags.DEFINE_float("start", None, "Of step and rectangular: share of the sequence where guidance begins.")
-    flags.DEFINE_float("end", None, f"Of rectangular: where it ends; {ours['end']} by default.")
-    flags.DEFINE_float("peak", None, f"Of triangular; {ours['peak']} by default.")
+    flags.DEFINE_float("end", None, f"Of rectangular: where it ends. {default('end')}")
+    flags.DEFINE_float("peak", None, f"Of triangular. {default('peak')}")
     flags.DEFINE_integer("interval", None, "No guidance from this id on; -1, the default: to the end.")
-    flags.DEFINE_float(
-        "temperature", None, f"Divides the logits, masked: of the noise; 0: the best id. {both('temperature')}", 0.0
-    )
+    temperature = "Divides the logits, masked: of the noise; 0: the best id."
+    flags.DEFINE_float("temperature", None, f"{temperature} {default('temperature')}", lower_bound=0.0)
     flags.DEFINE_integer("top_k", None, "Draw among the k best ids; 0, the default: all.", lower_bound=0)
     flags.DEFINE_float("top_p", None, "Draw among the best ids of this probability; all by default.")
-    flags.DEFINE_integer("num_steps", None, f"Of a masked generator; {theirs['num_steps']} by default.", lower_bound=1)
-    flags.DEFINE_float("power", None, f"Of power-cosine; {theirs['power']} by default.")
-    flags.DEFINE_bool("anneal", None, "Of a masked generator: logits grow along the steps; so by default.")
-    flags.DEFINE_enum("mask_schedule", None, MASK_SCHEDULES, "Of a masked generator; arccos by default.")
+    flags.DEFINE_integer("num_steps", None, f"Steps of drawing. {default('num_steps')}", lower_bound=1)
+    flags.DEFINE_float("power", None, f"Of power-cosine. {default('power')}")
+    flags.DEFINE_bool("anneal", None, f"Whether logits grow along the steps. {default('anneal')}")
+    flags.DEFINE_enum("mask_schedule", None, MASK_SCHEDULES, f"How many ids stay masked. {default('mask_schedule')}")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the generator's weights, and of its cache (int8: float32).")
     flags.DEFINE_integer("agreement", 0, "Of how many images the ids are compared with float32's.", lower_bound=0)
     process_flags.define()
@@ -197,7 +195,7 @@ def run() -> dict[str, Any]:
     mesh = sharding.make_mesh({"data": jax.local_device_count(), "fsdp": 1, "tensor": 1}, jax.local_devices())
     generator = generator_pipeline(bundle.load(FLAGS.generator, "generator"), dtype=FLAGS.dtype, mesh=mesh)
     settings = settings_of(generator)
-    if FLAGS.agreement and not isinstance(generator, GeneratorPipeline):
+    if FLAGS.agreement and not generator.follows:
         raise ValueError("--agreement compares AR generators position by position: leave it out")
     tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer"), mesh=mesh)
     check_pair(generator, tokenizer)

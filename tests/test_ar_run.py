@@ -15,7 +15,8 @@ from gigatok_jax.data.records import Record
 from gigatok_jax.data.views import Views
 from gigatok_jax.evals.likelihood import unigram_entropy
 from gigatok_jax.hub import bundle, sections
-from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
+from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
 from tests.compare import assert_close_tree
 from tests.steps import MESHES, ONE, train

@@ -43,6 +43,14 @@ def test_train_is_the_last_phase_and_costs_most(facts):
     assert facts["train"]["compiler_peak_mib"] > facts["decode"]["compiler_peak_mib"]
 
 
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_continuous_latents_run_the_same_networks(facts, name):
+    kl = dict(tokenizer__bottleneck="kl", tokenizer__codebook_size=0, loss__entropy_weight=0.0)
+    found = benchmark.benchmark(tiny_run(**TINIEST, **kl), what=[name], steps=1, warmup=0)[name]
+    # But for the quantiser, which compares latents with few codes, and the log variances.
+    assert found["flops_per_image"] == pytest.approx(facts[name]["flops_per_image"], rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_sampling_is_held_against_reading_what_lies_in_memory(dtype, monkeypatch):
     if dtype == "int8":

@@ -9,8 +9,9 @@ import pytest
 
 from gigatok_jax import config, export, from_pretrained, objectives, optim, run, sample, sharding, train_state
 from gigatok_jax.hub import bundle, sections
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
 from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
-from gigatok_jax.sampling.pipelines import GeneratorPipeline, TokenizerPipeline
+from gigatok_jax.sampling.pipelines import TokenizerPipeline
 from gigatok_jax.train_step import make_train_step
 from tests.compare import assert_close_tree
 from tests.entry_points import entry_point

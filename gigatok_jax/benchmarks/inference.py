@@ -10,7 +10,6 @@ from gigatok_jax import programs, sharding
 from gigatok_jax.benchmarks.timing import Call
 from gigatok_jax.benchmarks.training import synthetic_batch
 from gigatok_jax.blueprint import Blueprint
-from gigatok_jax.sampling import masked, precision
 from gigatok_jax.scaling.flops import count_flops
 
 
@@ -22,23 +21,32 @@ def fresh_params(plan: Blueprint, group: str) -> Any:
 
 
 def inference_call(plan: Blueprint, name: str) -> Call:
-    """Encode (uint8 images → ids) or decode (ids → images) of one microbatch, parameters lying as in training."""
+    """Encode or decode of one microbatch (see `programs.inference`), parameters lying as in training."""
     cfg, mesh = plan.cfg, plan.mesh
     images = cfg.global_batch // cfg.accumulate
     shapes = plan.abstract.params["tokenizer"]
     if name == "encode":
         x = synthetic_batch(plan, images)["image"]
     else:
-        first, last = sharding.process_rows(mesh, images)
-        shape = last - first, cfg.tokenizer.num_latent_tokens
-        ids = np.random.default_rng(cfg.seed).integers(0, cfg.tokenizer.codebook_size, shape, np.int32)
-        x = sharding.place_rows(ids, mesh, images, first)
+        x = _synthetic_codes(plan, images)
     jitted = jax.jit(programs.inference(plan.objective, name, mesh), out_shardings=sharding.batch_sharding(mesh))
     started = time.monotonic()
     compiled = jitted.lower(shapes, x).compile()
     seconds = time.monotonic() - started
     flops = count_flops(programs.inference(plan.counted, name, mesh), shapes, x)
     return Call(lambda params: (params, compiled(params, x)), compiled, seconds, images, flops)
+
+
+def _synthetic_codes(plan: Blueprint, images: int) -> jax.Array:
+    """Uniform ids, or normal latents for a tokenizer that has no ids, as `programs.inference` decodes them."""
+    section, rng = plan.cfg.tokenizer, np.random.default_rng(plan.cfg.seed)
+    first, last = sharding.process_rows(plan.mesh, images)
+    shape = last - first, section.num_latent_tokens
+    if section.codebook_size:
+        codes = rng.integers(0, section.codebook_size, shape, np.int32)
+    else:
+        codes = rng.standard_normal((*shape, section.code_dim), np.float32)
+    return sharding.place_rows(codes, plan.mesh, images, first)
 
 
 def held(plan: Blueprint, params: Any, dtype: str) -> Any:
@@ -61,18 +69,11 @@ def sample_call(plan: Blueprint, params: Any, scale: float, dtype: str) -> Call:
 
 
 def sampling_bytes(plan: Blueprint, params: Any, scale: float, dtype: str) -> float:
-    """Bytes that must be read for one microbatch: at each position all weights but the tables, and the cache so far.
-
-    Of a masked generator the weights, at each of its steps.
+    """Bytes that must be read for one microbatch, all weights but the tables as often as its family reads them.
 
     `held` parameters count as they lie: int8 matrices by a byte an entry, and their scales.
     """
-    model, cfg = plan.objective.generator, plan.cfg
     read = {name: part for name, part in params.items() if name not in ("id_embed", "class_embed", "token_pos")}
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
-    if cfg.objective == "masked":
-        return len(masked.make_steps(model.num_latent_tokens).masked) * weights
-    rows = cfg.global_batch // cfg.accumulate * (2 if scale != 1 else 1)
-    K = model.num_latent_tokens
-    position = 2 * model.stack.depth * model.width * rows * precision.arithmetic(dtype).itemsize
-    return K * (weights + position * (K + 1) / 2)
+    family, model, steps = programs.sampling(plan, scale, dtype)
+    return family.bytes_read(model, steps, weights, plan.cfg.global_batch // plan.cfg.accumulate)

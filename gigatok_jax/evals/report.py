@@ -42,8 +42,9 @@ def write_report(workdir: Path, facts: Mapping[str, Any]) -> list[Path]:
     terms = sorted(name for name in series if name.startswith("loss/"))
     report["losses"] = {name.removeprefix("loss/"): dict(zip(("first", "last"), ends(name))) for name in terms}
     write_json(path, report)
-    shown = ("eval/psnr", "eval/ssim", "eval/rfid", "codebook/usage", "eval/ar_val_loss", "eval/masked_val_loss")
-    keys = [*terms, *(name for name in (*shown, "accuracy") if name in series)]
+    likelihoods = sorted(name for name in series if name.startswith("eval/") and name.endswith("_val_loss"))
+    shown = ("eval/psnr", "eval/ssim", "eval/rfid", "codebook/usage", *likelihoods, "accuracy")
+    keys = [*terms, *(name for name in shown if name in series)]
     pictures = sorted((workdir / "grids").glob("*.png"))[-1:]
     if keys:  # a run that was stopped while starting up has nothing to draw
         curves_picture(workdir / "metrics.jsonl", workdir / "curves.png", keys)

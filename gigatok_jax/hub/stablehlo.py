@@ -25,8 +25,10 @@ from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub.bundle import build_model, parameter_shapes
 from gigatok_jax.objectives.tokenizer import image_codes, image_ids
-from gigatok_jax.sampling import ar, masked
+from gigatok_jax.sampling import ar
+from gigatok_jax.sampling.samplers import SAMPLERS
 
+Program = tuple[Callable[..., jax.Array], *tuple[Any, ...]]
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -42,14 +44,36 @@ def write(folder: Path, kind: str, section: Mapping[str, Any], platforms: tuple[
     return written
 
 
-def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[..., jax.Array], Any]]:
+def programs(kind: str, section: Mapping[str, Any]) -> dict[str, Program]:
     """{name: (function of flat weights and inputs, shapes of the inputs…)}, the batch a symbol."""
     model = build_model(kind, {**section, "attention": "xla"})  # the fused kernel is of one platform
     (b,) = export.symbolic_shape("b")
-    K = section["num_latent_tokens"]
+    return _sampling(model, section, b) if kind == "generator" else _coding(model, section, b)
 
-    def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
+
+def _shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _sampling(model: Any, section: Mapping[str, Any], b: Any) -> dict[str, Program]:
+    """What a generator does."""
+    family = SAMPLERS[section["family"]]
+    example = family.constant(section["num_latent_tokens"], 2.0)  # guided all along
+    arrays, form = jax.tree.flatten(example)
+
+    def sample(
+        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, *steps: jax.Array
+    ) -> jax.Array:
+        params, keys_B = keymap.unflatten(weights), ar.image_keys(seed, number_B)
+        steps = jax.tree.unflatten(form, steps)
+        return family.generate(model, params, class_B, keys_B, steps, guided=family.guided(example))
+
+    steps = [_shape(*x.shape, dtype=x.dtype) for x in arrays]
+    return {"sample": (sample, _shape(b), _shape(b), _shape(dtype=jnp.uint32), *steps)}
+
+
+def _coding(model: Any, section: Mapping[str, Any], b: Any) -> dict[str, Program]:
+    """What a tokenizer does."""
 
     def variables(weights: Mapping[str, jax.Array]) -> dict[str, Any]:
         return {"params": keymap.unflatten(weights)}
@@ -69,30 +93,12 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
     def pixels(weights: Mapping[str, jax.Array], codes: Codes) -> jax.Array:
         return to_uint8(model.apply(variables(weights), codes, method="decode")[0])
 
-    def sample(
-        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, scales_K: jax.Array
-    ) -> jax.Array:
-        keys_B = ar.image_keys(seed, number_B)
-        return ar.generate(model, keymap.unflatten(weights), class_B, keys_B, scales_K, guided=K)
-
-    def sample_masked(
-        weights: Mapping[str, jax.Array], class_B: jax.Array, number_B: jax.Array, seed: jax.Array, *steps_T: jax.Array
-    ) -> jax.Array:
-        keys_B, steps = ar.image_keys(seed, number_B), masked.Steps(*steps_T)
-        return masked.generate(model, keymap.unflatten(weights), class_B, keys_B, steps, guided=True)
-
-    if kind == "generator" and section["family"] == "masked":
-        steps = [shape(*x.shape, dtype=x.dtype) for x in masked.make_steps(K)]
-        return {"sample": (sample_masked, shape(b), shape(b), shape(dtype=jnp.uint32), *steps)}
-    if kind == "generator":
-        inputs = shape(b), shape(b), shape(dtype=jnp.uint32), shape(K, dtype=jnp.float32)
-        return {"sample": (sample, *inputs)}
-    size = section["image_size"]
-    images = shape(b, size, size, 3, dtype=jnp.uint8)
+    size, K = section["image_size"], section["num_latent_tokens"]
+    images = _shape(b, size, size, 3, dtype=jnp.uint8)
     if section["codebook_size"]:
-        found = {"tokenize": (tokenize, images), "detokenize": (detokenize, shape(b, K))}
+        found = {"tokenize": (tokenize, images), "detokenize": (detokenize, _shape(b, K))}
     else:
-        latents = shape(b, K, section["code_dim"], dtype=jnp.float32)
+        latents = _shape(b, K, section["code_dim"], dtype=jnp.float32)
         found = {"encode": (encode, images), "decode": (decode, latents)}
     made_of = {name: made for name, made in found.items() if name in ("tokenize", "encode")}
     return made_of if section.get("head") == "proxy" else found  # whose decoder makes no images

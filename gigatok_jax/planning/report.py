@@ -66,9 +66,7 @@ def misfit(row: Mapping[str, Any]) -> str:
 
 def advice(row: Mapping[str, Any]) -> str:
     """What of its settings would make a program smaller on a device."""
-    mesh, settings, train = row["mesh"], row["settings"], row["program"] == "train"
-    named = {"GPT", "MaskedTransformer"} & row["flops"].get("networks", {}).keys()
-    section = "generator" if row["program"] == "sample" or named else "tokenizer"
+    mesh, settings, train, section = row["mesh"], row["settings"], row["program"] == "train", row["model"]
     helps = {
         "--mesh=fsdp=N with a larger N": mesh["data"] > 1,
         "a larger --config.accumulate": train,

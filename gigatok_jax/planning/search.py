@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gigatok_jax import sharding
+from gigatok_jax.blueprint import model_group
 from gigatok_jax.scaling.chips import Topology
 
 Planned = Callable[[ConfigDict], dict[str, Any]]  # a config → its row, see `planning.topology.plan`
@@ -21,9 +22,7 @@ def meshes(cfg: ConfigDict, topology: Topology) -> Iterator[dict[str, int]]:
 
     A smaller fsdp gathers weights among fewer chips but stores more on each.
     """
-    heads = [
-        value for name, value in cfg["generator" if "generator" in cfg else "tokenizer"].items() if "heads" in name
-    ]
+    heads = [value for name, value in cfg[model_group(cfg)].items() if "heads" in name]
     rows = cfg.global_batch // cfg.accumulate
     splits = "tensor" in sharding.PRESETS[cfg.sharding.preset].values()
 

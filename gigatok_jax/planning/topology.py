@@ -13,11 +13,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gigatok_jax import config
+from gigatok_jax.blueprint import model_group
 from gigatok_jax.scaling.chips import Topology
 from gigatok_jax.scaling.projection import project
 from gigatok_jax.sharding import PRESETS
 
-PROGRAMS = {"tokenizer": ("train", "encode"), "ar": ("train", "sample"), "masked": ("train", "sample")}
+PROGRAMS = {"tokenizer": ("train", "encode"), "generator": ("train", "sample")}
 # The compiler asks nobody on the network what machine this is, and lets others beside it.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -50,6 +51,7 @@ def plan(cfg: ConfigDict, topology: Topology, program: str, timeout: float = 360
         "topology": topology.name,
         "chips": topology.chips,
         **facts,
+        "model": model_group(cfg),
         "settings": settings(cfg),
         "fits": facts["fits"] and most <= limit,
         "hbm_gib_per_device": peak / 2**30,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gigatok_jax.sampling.pipelines import GeneratorPipeline
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
 
 
 def agreement(

@@ -9,7 +9,7 @@ import numpy as np
 
 from gigatok_jax.generators.ar import GPT
 from gigatok_jax.nn.causal import Cache
-from gigatok_jax.sampling import precision
+from gigatok_jax.sampling import guidance, precision
 
 
 class Draw(NamedTuple):
@@ -44,7 +44,6 @@ def generate(
     keys_B: jax.Array,
     scales: np.ndarray | jax.Array,
     draw: Draw = PLAIN,
-    dtype: Any = jnp.float32,
     guided: int | None = None,
 ) -> jax.Array:
     """(B, K) int32 ids, one sequence per class.
@@ -53,15 +52,15 @@ def generate(
     to the last position whose scale is not 1, and not after it.
 
     Args:
+      model: its dtype is that of the cache, and of parameters that are not held yet; the drawing is float32.
       params: the generator's parameters, as trained or as `precision.held` has made them.
       class_B: int32; `model.num_classes` is the null class.
       keys_B: one random key per sequence.
       scales: (K,) from `guidance.scales`; which are 1 at the end is static.
       guided: ids that the null class runs beside, where the scales are not known yet.
-      dtype: one of `precision.DTYPES`, of weights and cache; the drawing is float32.
     """
     guided = num_guided(scales) if guided is None else guided
-    return _positions(model, params, class_B, keys_B, scales, draw, dtype, guided, None)[0]
+    return _positions(model, params, class_B, keys_B, scales, draw, guided, None)[0]
 
 
 def follow(
@@ -72,7 +71,6 @@ def follow(
     scales: np.ndarray | jax.Array,
     ids_BK: jax.Array,
     draw: Draw = PLAIN,
-    dtype: Any = jnp.float32,
     guided: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What `generate` would draw at each position after the given ids before it, and the given ids' log p in nats.
@@ -80,7 +78,7 @@ def follow(
     Both (B, K). p is the guided distribution before temperature and filters. Arguments as of `generate`.
     """
     guided = num_guided(scales) if guided is None else guided
-    return _positions(model, params, class_B, keys_B, scales, draw, dtype, guided, ids_BK)
+    return _positions(model, params, class_B, keys_B, scales, draw, guided, ids_BK)
 
 
 def image_keys(seed: jax.Array, number_B: jax.Array) -> jax.Array:
@@ -93,6 +91,18 @@ def num_guided(scales: np.ndarray) -> int:
     return int(np.max(np.flatnonzero(np.asarray(scales) != 1), initial=-1)) + 1
 
 
+def constant(num_tokens: int, scale: float) -> np.ndarray:
+    """The scales of a sequence that is guided by one scale; 1 is none."""
+    return guidance.scales("constant", scale, num_tokens)
+
+
+def bytes_read(model: GPT, scales: np.ndarray, weights: int, images: int) -> float:
+    """Bytes that a batch must read: at each position weights of so many bytes, and the cache so far."""
+    rows, K = images * (2 if num_guided(scales) else 1), model.num_latent_tokens
+    position = 2 * model.stack.depth * model.width * rows * jnp.dtype(model.dtype).itemsize
+    return K * (weights + position * (K + 1) / 2)
+
+
 def _positions(
     model: GPT,
     params: Any,
@@ -100,13 +110,12 @@ def _positions(
     keys_B: jax.Array,
     scales: Any,
     draw: Draw,
-    dtype: Any,
     guided: int,
     given_BK: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """(the ids drawn, (B, K)), and log p of the given ids where there are any, which then are read in their place."""
     batch, K = class_B.shape[0], model.num_latent_tokens
-    params = precision.held(params, model.stack.depth, dtype)
+    params = precision.held(params, model.dtype)
     rows = jnp.concatenate([class_B, jnp.full_like(class_B, model.num_classes)]) if guided else class_B
 
     def body(carry: Any, numbered: tuple[Any, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -123,7 +132,7 @@ def _positions(
         log_p_B = jnp.take_along_axis(jax.nn.log_softmax(logits), given_B[:, None], axis=-1)[:, 0]
         return (given_B, caches), (ids_B, log_p_B)
 
-    caches = model.caches(rows.shape[0], 0, precision.arithmetic(dtype))
+    caches = model.caches(rows.shape[0], 0, model.dtype)
     ids_B, parts = jnp.zeros((batch,), jnp.int32), []
     bounds = sorted({*range(0, K, SEGMENT), guided, K})
     for first, last in itertools.pairwise(bounds):

@@ -65,9 +65,11 @@ class LabelPipeline(Pipeline):
     """Class labels → ids.
 
     defaults: what `sample` takes beside the labels, and what it takes it to be.
+    follows: whether `follow` says what would be drawn after given ids.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
+    follows: ClassVar[bool] = False
 
     def check_labels(self, labels: Sequence[int], seed: int) -> None:
         """Raises ValueError for a label or seed out of range."""

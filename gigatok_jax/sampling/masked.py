@@ -104,6 +104,17 @@ def held(params: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def constant(num_tokens: int, scale: float) -> Steps:
+    """The default steps, guided by one scale; 1 is none."""
+    return make_steps(num_tokens, schedule="constant", scale=scale - 1)
+
+
+def bytes_read(model: MaskedTransformer, steps: Steps, weights: int, images: int) -> float:
+    """Bytes that a batch must read: at each step weights of so many bytes."""
+    del model, images
+    return len(steps.masked) * weights
+
+
 def is_guided(steps: Steps) -> bool:
     """Whether the null class must run beside each class."""
     return bool((np.asarray(steps.scale) != 1).any())

@@ -21,7 +21,7 @@ def arithmetic(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.int8 else dtype)
 
 
-def held(params: Any, depth: int, dtype: Any) -> Any:
+def held(params: Any, dtype: Any) -> Any:
     """A generator's parameters as decoding holds them: of `dtype`, and one tree per layer.
 
     Parameters that are held already come back as they are.
@@ -37,6 +37,7 @@ def held(params: Any, depth: int, dtype: Any) -> Any:
         matrix = path[-1].key == "kernel"
         return quantized(leaf) if matrix and jnp.dtype(dtype) == jnp.int8 else leaf.astype(arithmetic(dtype))
 
+    depth = jax.tree.leaves(layers)[0].shape[0]
     params = jax.tree_util.tree_map_with_path(hold, params)
     return {**params, "stack": {**params["stack"], "layers": unstacked(params["stack"]["layers"], depth)}}
 

@@ -18,7 +18,7 @@ from gigatok_jax.checkpoint import Checkpointer
 from gigatok_jax.hub import bundle, keymap, sections
 from gigatok_jax.hub import content as contents
 from gigatok_jax.hub.tensors import sha256
-from gigatok_jax.sampling.pipelines import GeneratorPipeline
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
 from tests.probes import tiny_tokenizer, tiny_writer
 from tests.steps import tiny_objective
 from tests.tiny import tiny_generator

@@ -6,7 +6,7 @@ import pytest
 from gigatok_jax import from_pretrained
 from gigatok_jax.hub import bundle
 from gigatok_jax.sampling.agreement import agreement
-from gigatok_jax.sampling.pipelines import GeneratorPipeline
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
 from tests.tiny import tiny_generator, tiny_run
 
 

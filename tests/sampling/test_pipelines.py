@@ -7,7 +7,7 @@ import pytest
 from gigatok_jax import sharding
 from gigatok_jax.hub import bundle
 from gigatok_jax.sampling import ar
-from gigatok_jax.sampling.pipelines import GeneratorPipeline
+from gigatok_jax.sampling.ar_pipeline import GeneratorPipeline
 from tests.tiny import tiny_generator
 
 MESHES = {"eight": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}

@@ -21,7 +21,7 @@ K, V, CLASSES, DEPTH = (TINY[name] for name in ("num_latent_tokens", "codebook_s
 @functools.cache
 def held(form, dtype):
     """A drawn generator's parameters as decoding holds them."""
-    return jax.jit(functools.partial(precision.held, depth=DEPTH, dtype=dtype))(drawn_generator(form)[1])
+    return jax.jit(functools.partial(precision.held, dtype=dtype))(drawn_generator(form)[1])
 
 
 def is_matrix(leaf):
@@ -54,7 +54,7 @@ def test_matrices_are_int8_with_a_scale_per_output_channel(form):
 def test_held_parameters_are_held_once():
     for dtype in precision.DTYPES:
         params = held("plain", dtype)
-        assert precision.held(params, DEPTH, dtype) is params
+        assert precision.held(params, dtype) is params
     assert leaves(held("plain", "bfloat16"))["head/kernel"].dtype == jnp.bfloat16
 
 
@@ -75,7 +75,7 @@ def test_int8_decoding_is_a_full_pass_with_rounded_matrices(form):
     rng = np.random.default_rng(0)
     ids, classes = jnp.asarray(rng.integers(0, V, (3, K)), jnp.int32), jnp.arange(3)
     keys, scales = jax.random.split(jax.random.key(0), 3), np.ones(K, np.float32)
-    _, got = jax.jit(lambda held: ar.follow(model, held, classes, keys, scales, ids, dtype="int8"))(held(form, "int8"))
+    _, got = jax.jit(lambda held: ar.follow(model, held, classes, keys, scales, ids))(held(form, "int8"))
 
     @jax.jit
     def full(params):
@@ -94,7 +94,7 @@ def test_a_program_has_no_float_copy_of_int8_matrices():
     keys, classes = jax.random.split(jax.random.key(0), 2), jnp.arange(2)
 
     def compiled(dtype):
-        run = jax.jit(lambda params: ar.generate(model, params, classes, keys, np.full(K, 2.0), dtype=dtype))
+        run = jax.jit(lambda params: ar.generate(model, params, classes, keys, np.full(K, 2.0)))
         return run.lower(held("plain", dtype)).compile().as_text()
 
     shape = re.escape("[{},{}]".format(*params["stack"]["layers"]["mlp"]["in"]["kernel"].shape[1:]))
@@ -105,4 +105,4 @@ def test_a_program_has_no_float_copy_of_int8_matrices():
 def test_without_qwix_int8_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ImportError, match=r"int8 weights need the package qwix: pip install"):
-        precision.held(drawn_generator("plain")[1], DEPTH, "int8")
+        precision.held(drawn_generator("plain")[1], "int8")
