@@ -73,6 +73,7 @@ def llamagen_tokenizer() -> ConfigDict:
             decoder_conv_blocks=3,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=16384,
             code_dim=8,
             codebook_chunk=4096,  # entries whose distances are in memory at once
@@ -97,8 +98,9 @@ def maskgit_vqgan_tokenizer() -> ConfigDict:
             decoder_conv_blocks=2,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=1024,
-            code_dim=256,  # channels of the feature map too
+            code_dim=256,  # channels of the decoder's map too
             normalized=False,  # latents and codes are unit vectors
             codebook_chunk=1024,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
@@ -155,7 +157,7 @@ def titok_tokenizer() -> ConfigDict:
             kernel_gain=0.0,
             position_std=0.0,  # spread of learned tokens and positions at the start; 0: 1/sqrt(width) as published
             legacy=True,  # the latent tokens' numbers are read as D × K before their projection (two-stage models)
-            bottleneck="vq",  # or "kl"
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=4096,
             code_dim=12,
             normalized=True,  # latents and codes are unit vectors

@@ -32,7 +32,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
 # Fields that families have got since bundles were written, and the value that these were made with.
-ADDED: dict[str, dict[str, Any]] = {"gigatok": {"bottleneck": "vq"}}
+ADDED: dict[str, dict[str, Any]] = {family: {"bottleneck": "vq"} for family in ("gigatok", "llamagen", "maskgit_vqgan")}
 MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
 JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 
