@@ -1,4 +1,7 @@
-"""The `tokenizer` section of every family; sizes are fields."""
+"""The `tokenizer` section of every family; sizes are fields. `TOKENIZERS` lists the families."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -200,5 +203,31 @@ def small_titok_tokenizer() -> ConfigDict:
 
 def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
     """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size of its family."""
-    width, depth, heads = (TITOK_SIZES if cfg.family == "titok" else VIT_SIZES)[size]
+    width, depth, heads = TOKENIZERS[cfg.family].sizes[size]
     cfg.update({f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": heads})
+
+
+class Tokenizers(NamedTuple):
+    """What is known of a family of tokenizers by its sections; `tokenizers.families` builds them.
+
+    section: its fields with their defaults.   sizes: of its ViTs, by name.
+    added: fields that it has got since bundles were written, and the value that these were made with.
+    no_images: a section → why its decoder makes no images; empty where it does.
+    """
+
+    section: Callable[[], ConfigDict]
+    sizes: Mapping[str, tuple[int, int, int]] = {}
+    added: Mapping[str, Any] = {}
+    no_images: Callable[[Mapping[str, Any]], str] = lambda section: ""
+
+
+def _logits(section: Mapping[str, Any]) -> str:
+    return "tokenizer.head=proxy gives logits of ids, not images" if section["head"] == "proxy" else ""
+
+
+TOKENIZERS = {
+    "gigatok": Tokenizers(gigatok_tokenizer, VIT_SIZES, added={"bottleneck": "vq"}),
+    "llamagen": Tokenizers(llamagen_tokenizer, added={"bottleneck": "vq"}),
+    "titok": Tokenizers(titok_tokenizer, TITOK_SIZES, no_images=_logits),
+    "maskgit_vqgan": Tokenizers(maskgit_vqgan_tokenizer, added={"bottleneck": "vq"}),
+}

@@ -95,4 +95,4 @@ def programs(kind: str, section: Mapping[str, Any]) -> dict[str, tuple[Callable[
         latents = shape(b, K, section["code_dim"], dtype=jnp.float32)
         found = {"encode": (encode, images), "decode": (decode, latents)}
     made_of = {name: made for name, made in found.items() if name in ("tokenize", "encode")}
-    return made_of if section.get("head") == "proxy" else found  # whose decoder makes no images
+    return made_of if model.proxy_codebook_size else found  # whose decoder makes no images

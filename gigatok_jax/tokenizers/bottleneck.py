@@ -48,6 +48,15 @@ def build(cfg: Mapping[str, Any], **options: Any) -> nn.Module:
     return kind.build(cfg, **options)
 
 
+def check_ids(cfg: Mapping[str, Any], where: Any) -> None:
+    """Raises ValueError for the section of a tokenizer that makes no ids; `where` names its bundle."""
+    if not KINDS[cfg["bottleneck"]].has_ids:
+        raise ValueError(
+            f"{where} is of a tokenizer with continuous latents (bottleneck={cfg['bottleneck']}), which have no ids: "
+            "use `encode` and `decode` of its pipeline, or a tokenizer with a codebook where ids are wanted"
+        )
+
+
 def width(cfg: Mapping[str, Any]) -> int:
     """Numbers that an encoder gives for each latent token."""
     return KINDS[cfg["bottleneck"]].width * cfg["code_dim"]

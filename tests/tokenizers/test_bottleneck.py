@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from gigatok_jax import config, objectives
-from gigatok_jax.config.checks import CHOICES
-from gigatok_jax.tokenizers import bottleneck
+from gigatok_jax.config import checks
+from gigatok_jax.tokenizers import bottleneck, families
 
 CONVOLUTIONS = dict(conv_base=8, conv_multipliers=(1, 2), norm_groups=4, encoder_conv_blocks=1, decoder_conv_blocks=1)
 VITS = {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in dict(width=16, depth=1, heads=2).items()}
@@ -27,7 +27,7 @@ def tokenizer(family, **changes):
 
 
 def test_the_config_s_choices_are_the_kinds():
-    assert set(CHOICES["tokenizer.bottleneck"]) == set(bottleneck.KINDS)
+    assert set(checks.CHOICES["tokenizer.bottleneck"]) == set(bottleneck.KINDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,3 +49,16 @@ def test_a_codebook_that_the_bottleneck_cannot_have_is_named(family):
         tokenizer(family, codebook_size=0)
     with pytest.raises(ValueError, match=r"codebook_size=32, but tokenizer\.bottleneck=kl has no codebook \(0\)"):
         tokenizer(family, bottleneck="kl")
+
+
+def test_config_and_code_have_the_same_families():
+    assert set(config.TOKENIZERS) == set(families.FAMILIES) == set(FAMILIES)
+    assert {name for name, kind in bottleneck.KINDS.items() if kind.has_ids} == set(checks.WITH_CODEBOOK)
+
+
+@pytest.mark.parametrize("head", checks.CHOICES["tokenizer.head"])
+def test_config_and_code_agree_on_who_makes_images(head):
+    model, section = tokenizer("titok", head=head, patch=16, image_size=32), config.titok_tokenizer()
+    section.head = head
+    no_images = config.TOKENIZERS["titok"].no_images(section)
+    assert bool(no_images) == (head == "proxy") == (model.proxy_codebook_size == 1024)
