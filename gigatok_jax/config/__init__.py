@@ -10,6 +10,7 @@ from gigatok_jax.config.defaults import STAGES, ar, base, masked, pipeline
 from gigatok_jax.config.generators import GPT_SIZES, MASKED_SIZES, ar_generator, masked_generator
 from gigatok_jax.config.tokenizers import (
     TITOK_SIZES,
+    TOKENIZERS,
     VIT_SIZES,
     gigatok_tokenizer,
     llamagen_tokenizer,
@@ -25,6 +26,7 @@ __all__ = [
     "MASKED_SIZES",
     "STAGES",
     "TITOK_SIZES",
+    "TOKENIZERS",
     "VIT_SIZES",
     "ar",
     "ar_generator",

@@ -6,6 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gigatok_jax.config.tokenizers import TOKENIZERS
+
 INF = float("inf")
 # Least and greatest value of what has one; below or above, something far away would fail.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -47,6 +49,7 @@ SEMANTIC_TEACHERS = (
     *(f"dinov2-{size}{kind}" for kind in ("", "-reg") for size in "sblg"),
     *("siglip-so400m", "dfn-clip-l", "vgg16"),
 )
+WITH_CODEBOOK, WITHOUT = ("vq",), ("kl",)  # bottlenecks
 # What is one of a few names.
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("tokenizer", "ar", "masked"),
@@ -69,7 +72,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "discriminator.remat": ("none", "full", "dots"),
     "tokenizer.estimator": ("rotation", "straight_through"),
     "tokenizer.layout": ("1d", "2d"),
-    "tokenizer.bottleneck": ("vq", "kl"),
+    "tokenizer.bottleneck": (*WITH_CODEBOOK, *WITHOUT),
     "tokenizer.head": ("pixels", "proxy", "proxy_pixels"),
     "tokenizer.layer_2d": ("vit", "qformer"),
     "tokenizer.remat": ("none", "full", "dots"),
@@ -133,12 +136,15 @@ def check_fields(cfg: ConfigDict | Mapping[str, Any], where: str) -> None:
 def _check_losses(cfg: ConfigDict) -> None:
     """Refuses losses of what a tokenizer has not."""
     tokenizer, loss, family = cfg.tokenizer, cfg.loss, cfg.tokenizer.family
-    kl, proxy = tokenizer.get("bottleneck") == "kl", tokenizer.get("head") == "proxy"
+    if family not in TOKENIZERS:
+        raise ValueError(f"config.tokenizer.family={family!r} is not one of {', '.join(TOKENIZERS)}")
+    continuous, no_images = tokenizer.bottleneck in WITHOUT, TOKENIZERS[family].no_images(tokenizer)
+    no_codebook = f"a {tokenizer.bottleneck.upper()} bottleneck has no codebook"
     auxiliary = loss.auxiliary_end > 1 and (loss.direct or loss.feature_weight > 0)
     adversarial = cfg.discriminator.name != "none" and loss.discriminator_start <= cfg.num_steps
     wrong = {  # what may be asked for in vain, why, and the mend
-        "loss.entropy_weight": (kl and loss.entropy_weight, "a KL bottleneck has no codebook", 0.0),
-        "tokenizer.clustering": (kl and tokenizer.get("clustering"), "a KL bottleneck has no codebook", False),
+        "loss.entropy_weight": (continuous and loss.entropy_weight, no_codebook, 0.0),
+        "tokenizer.clustering": (continuous and tokenizer.get("clustering"), no_codebook, False),
         "loss.semantic_weight": (
             loss.semantic_weight and "distill_layer" not in tokenizer,
             f"the family {family} has no distillation head",
@@ -146,10 +152,10 @@ def _check_losses(cfg: ConfigDict) -> None:
         ),
         "loss.auxiliary_end": (auxiliary and "conv_base" not in tokenizer, f"{family} has no convolutional map", 0),
         **{
-            f"loss.{name}": (proxy and loss[name], "tokenizer.head=proxy gives logits of ids, not images", 0.0)
+            f"loss.{name}": (no_images and loss[name], no_images, 0.0)
             for name in ("perceptual_weight", "convnext_weight")
         },
-        "discriminator.name": (proxy and adversarial, "tokenizer.head=proxy gives logits of ids, not images", "none"),
+        "discriminator.name": (no_images and adversarial, no_images, "none"),
     }
     for field, (asked, why, mend) in wrong.items():
         if asked:

@@ -1,4 +1,7 @@
-"""The `tokenizer` section of every family; sizes are fields."""
+"""The `tokenizer` section of every family; sizes are fields. `TOKENIZERS` lists the families."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -73,6 +76,7 @@ def llamagen_tokenizer() -> ConfigDict:
             decoder_conv_blocks=3,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=16384,
             code_dim=8,
             codebook_chunk=4096,  # entries whose distances are in memory at once
@@ -97,8 +101,9 @@ def maskgit_vqgan_tokenizer() -> ConfigDict:
             decoder_conv_blocks=2,
             norm_groups=32,
             kernel_gain=0.0,  # kernels start at N(0, gain²/fan-in); 0: at N(0, 0.02²)
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=1024,
-            code_dim=256,  # channels of the feature map too
+            code_dim=256,  # channels of the decoder's map too
             normalized=False,  # latents and codes are unit vectors
             codebook_chunk=1024,  # entries whose distances are in memory at once
             estimator="straight_through",  # or "rotation"
@@ -155,7 +160,7 @@ def titok_tokenizer() -> ConfigDict:
             kernel_gain=0.0,
             position_std=0.0,  # spread of learned tokens and positions at the start; 0: 1/sqrt(width) as published
             legacy=True,  # the latent tokens' numbers are read as D × K before their projection (two-stage models)
-            bottleneck="vq",  # or "kl"
+            bottleneck="vq",  # or "kl", with a codebook_size of 0
             codebook_size=4096,
             code_dim=12,
             normalized=True,  # latents and codes are unit vectors
@@ -198,5 +203,31 @@ def small_titok_tokenizer() -> ConfigDict:
 
 def set_vit(cfg: ConfigDict, side: str, size: str) -> None:
     """Gives the `side` ("encoder" or "decoder") ViT of a tokenizer section a named size of its family."""
-    width, depth, heads = (TITOK_SIZES if cfg.family == "titok" else VIT_SIZES)[size]
+    width, depth, heads = TOKENIZERS[cfg.family].sizes[size]
     cfg.update({f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": heads})
+
+
+class Tokenizers(NamedTuple):
+    """What is known of a family of tokenizers by its sections; `tokenizers.families` builds them.
+
+    section: its fields with their defaults.   sizes: of its ViTs, by name.
+    added: fields that it has got since bundles were written, and the value that these were made with.
+    no_images: a section → why its decoder makes no images; empty where it does.
+    """
+
+    section: Callable[[], ConfigDict]
+    sizes: Mapping[str, tuple[int, int, int]] = {}
+    added: Mapping[str, Any] = {}
+    no_images: Callable[[Mapping[str, Any]], str] = lambda section: ""
+
+
+def _logits(section: Mapping[str, Any]) -> str:
+    return "tokenizer.head=proxy gives logits of ids, not images" if section["head"] == "proxy" else ""
+
+
+TOKENIZERS = {
+    "gigatok": Tokenizers(gigatok_tokenizer, VIT_SIZES, added={"bottleneck": "vq"}),
+    "llamagen": Tokenizers(llamagen_tokenizer, added={"bottleneck": "vq"}),
+    "titok": Tokenizers(titok_tokenizer, TITOK_SIZES, no_images=_logits),
+    "maskgit_vqgan": Tokenizers(maskgit_vqgan_tokenizer, added={"bottleneck": "vq"}),
+}

@@ -6,13 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Codes, Condition
 from gigatok_jax.nn.conv import ConvDecoder
 from gigatok_jax.nn.initializers import fan_in_uniform
 from gigatok_jax.nn.maskgit_conv import MaskGITDecoder
 
 
 class ConvolutionalDecoder(nn.Module):
-    """Latents (B, h·w, Z) in raster order → image (B, H, W, 3), unbounded (VQGAN, LlamaGen).
+    """Codes (B, h·w, Z) in raster order → image (B, H, W, 3), unbounded (VQGAN, LlamaGen).
 
     Without `features` the map is the latents themselves (MaskGIT-VQGAN).
     Tap in `out`: `pre_decoder_cnn` (B, h, w, `features` or Z).
@@ -24,7 +25,11 @@ class ConvolutionalDecoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, codes: Codes, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
+        latents_BKZ = codes.latents_BKZ
         x_BKC = latents_BKZ.astype(self.dtype)
         if self.features is not None:
             uniform = fan_in_uniform(latents_BKZ.shape[-1])

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Codes, Condition
 from gigatok_jax.nn.conv import ConvDecoder, conv
 from gigatok_jax.nn.distill import DistillHead
 from gigatok_jax.nn.initializers import Init, fan_in_uniform, position_table, small_normal
@@ -14,7 +15,7 @@ from gigatok_jax.nn.transformer import Stack, grid_context
 
 
 class HybridDecoder(nn.Module):
-    """Latents (B, K, Z) → image (B, H, W, 3), unbounded (GigaTok's ViTDecoder and ViTDecoder2D).
+    """Codes (B, K, Z) → image (B, H, W, 3), unbounded (GigaTok's ViTDecoder and ViTDecoder2D).
 
     1-D (`num_latent_tokens` given): h·w queries, all started as the first memory token, read the latents. 2-D: the
     latents are the map in raster order. `teacher_dim` adds the distillation head on layer `distill_layer`. Taps in
@@ -36,7 +37,11 @@ class HybridDecoder(nn.Module):
     position_init: Init = position_table
 
     @nn.compact
-    def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, codes: Codes, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
+        latents_BKZ = codes.latents_BKZ
         memory_BKD = self.embed_latents(latents_BKZ)
         B, (H, W) = latents_BKZ.shape[0], self.grid
         pos = self.param("grid_pos", self.position_init, (H * W, self.width))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Codes, Condition
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.conv import conv, depth_to_space
 from gigatok_jax.nn.distill import DistillHead
@@ -15,7 +16,7 @@ from gigatok_jax.nn.transformer import Stack
 
 
 class ViTMaskDecoder(nn.Module):
-    """Latents (B, K, Z) → what `head` makes of the cells' features (B, h, w, D).
+    """Codes (B, K, Z) → what `head` makes of the cells' features (B, h, w, D).
 
     The sequence is a class token, one mask token for all cells, each with a learned position, and the embedded latents
     with theirs. `teacher_dim` adds the distillation head on the cells after layer `distill_layer`. Taps in `out`:
@@ -35,7 +36,11 @@ class ViTMaskDecoder(nn.Module):
     position_init: Init = position_table
 
     @nn.compact
-    def __call__(self, latents_BKZ: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, codes: Codes, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
+        latents_BKZ = codes.latents_BKZ
         B, (H, W), width = latents_BKZ.shape[0], self.grid, self.width
         latents_BKD = self.embed_latents(latents_BKZ)
         first_1D = self.param("class_token", self.position_init, (1, width))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Condition
 from gigatok_jax.nn.conv import ConvEncoder
 from gigatok_jax.nn.initializers import fan_in_uniform
 from gigatok_jax.nn.maskgit_conv import MaskGITEncoder
@@ -23,7 +24,10 @@ class ConvolutionalEncoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, image_BHWC: jax.Array, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
         map_BHWC = self.cnn(image_BHWC)
         B, H, W, C = map_BHWC.shape
         if self.code_dim is None:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Condition
 from gigatok_jax.nn.conv import ConvEncoder
 from gigatok_jax.nn.initializers import Init, fan_in_uniform, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
@@ -34,7 +35,10 @@ class HybridEncoder(nn.Module):
     position_init: Init = position_table
 
     @nn.compact
-    def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, image_BHWC: jax.Array, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
         map_BHWC = self.cnn(image_BHWC)
         B, H, W, C = map_BHWC.shape
         x = layer_norm(self.dtype, "norm_in")(map_BHWC.reshape(B, H * W, C))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.bottlenecks.codes import Condition
 from gigatok_jax.nn.constrain import constrain
 from gigatok_jax.nn.initializers import Init, position_table, small_normal
 from gigatok_jax.nn.norms import layer_norm
@@ -35,7 +36,10 @@ class ViTLatentEncoder(nn.Module):
     centre: float = 0.0  # of pixels in [0, 1]: a patch of this grey starts as 0
 
     @nn.compact
-    def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, image_BHWC: jax.Array, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del cond, key, train
         B, K, width = image_BHWC.shape[0], self.num_latent_tokens, self.width
         pixels = image_BHWC * 0.5 + 0.5  # published weights read [0, 1]
         x_BND = PatchEmbed(width, self.patch, self.dtype, True, self.kernel_init, self.centre, name="embed")(pixels)

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 
 from gigatok_jax.hub import content as contents
 from gigatok_jax.hub import huggingface, keymap
-from gigatok_jax.hub.sections import build_model, parameter_shapes
+from gigatok_jax.hub.sections import build_model, completed, parameter_shapes
 from gigatok_jax.hub.stored import read_values, starts
 from gigatok_jax.hub.streaming import write_streamed
 from gigatok_jax.hub.tensors import sha256
+from gigatok_jax.tokenizers import bottleneck
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # A tokenizer's parts that make ids: who needs no images leaves the rest on disk.
@@ -64,11 +65,11 @@ class Bundle(NamedTuple):
 
     def check_ids(self) -> None:
         """Raises ValueError for a tokenizer that makes no ids."""
-        check_ids(self.section, self.folder or "this bundle")
+        bottleneck.check_ids(self.section, self.folder or "this bundle")
 
     def check_images(self) -> None:
         """Raises ValueError for a tokenizer whose decoder makes no images."""
-        if self.section.get("head") == "proxy":
+        if self.model().proxy_codebook_size:
             raise ValueError(
                 f"{self.folder or 'this bundle'} is of a tokenizer that decodes to a proxy tokenizer's ids, not to "
                 "images: join it with that one's bundle, `python -m gigatok_jax.export … --proxy=BUNDLE`"
@@ -100,7 +101,7 @@ def save(
     content = {
         "schema": contents.SCHEMA,
         "kind": kind,
-        "section": dict(section),
+        "section": completed(dict(section)),  # a run of before a field is exported too
         "class_names": list(class_names),
         "tokenizer": None if tokenizer is None else dict(tokenizer),
         "provenance": dict(provenance or {}),
@@ -209,15 +210,6 @@ def open_config(path: str | os.PathLike, kind: str | None = None) -> tuple[Path,
 def facts(section: Mapping[str, Any], digest: str) -> dict[str, Any]:
     """What token shards and generators keep of the tokenizer of a section and hash."""
     return {"hash": digest, **{name: section[name] for name in ("codebook_size", "num_latent_tokens", "image_size")}}
-
-
-def check_ids(section: Mapping[str, Any], where: Any) -> None:
-    """Raises ValueError for the section of a tokenizer that makes no ids."""
-    if not section["codebook_size"]:
-        raise ValueError(
-            f"{where} is of a tokenizer with continuous latents (bottleneck={section['bottleneck']}), which have no "
-            "ids: use `encode` and `decode` of its pipeline, or a tokenizer with a codebook where ids are wanted"
-        )
 
 
 def check_pair(generator: Bundle, tokenizer_hash: str) -> None:

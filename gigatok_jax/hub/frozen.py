@@ -24,8 +24,7 @@ def resolved(cfg: ConfigDict) -> ConfigDict:
     """
     if not objectives.has_first_stage(cfg):
         return cfg
-    folder, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
-    bundle.check_ids(content["section"], folder)
+    _, content = bundle.open_config(cfg.first_stage.bundle, "tokenizer")
     cfg = cfg.copy_and_resolve_references().unlock()
     # Fused kernels have no float32.
     cfg.first_stage.update(content["section"], attention="xla")
@@ -72,7 +71,7 @@ def of_config(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 def _first_stage_parts(cfg: Mapping[str, Any]) -> tuple[str, ...] | None:
     """What of a first stage a run reads: a generator's makes ids, a tokenizer's proxy also pictures of ids."""
-    return None if cfg["objective"] == "tokenizer" else bundle.FIRST_STAGE
+    return bundle.FIRST_STAGE if objectives.OBJECTIVES[cfg["objective"]].generates else None
 
 
 def abstract(cfg: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def id_writer(cfg: Mapping[str, Any], source: Any) -> dict[str, Any] | None:
       ValueError: the source's ids are of another tokenizer than the one that the config names.
     """
     made, name = getattr(source, "tokenizer", None), cfg.get("first_stage", {}).get("bundle")
-    if not name or cfg["objective"] == "tokenizer":
+    if not name or not objectives.OBJECTIVES[cfg["objective"]].generates:
         return made
     content = bundle.open_config(name, "tokenizer")[1]
     named = bundle.facts(content["section"], content["hash"])

@@ -113,8 +113,6 @@ def entries(cfg: Mapping[str, Any]) -> list[Entry]:
     """The key list of a config's `tokenizer` section (GigaTok's yamls have no attention in the convolutions)."""
     if cfg["conv_attention"]:
         raise ValueError("no published GigaTok checkpoint has attention in its convolutions (conv_attention=True)")
-    if cfg["bottleneck"] != "vq":
-        raise ValueError(f"no published GigaTok checkpoint has the bottleneck {cfg['bottleneck']}")
     one_d = cfg["layout"] == "1d"
     height, width = latent_grid(cfg)
     return [

@@ -26,7 +26,7 @@ class Keys(NamedTuple):
 class ModelLayout(NamedTuple):
     """The form in which a project publishes a model.
 
-    requires: fields of the section that another layout of the same keys has otherwise.
+    requires: fields of the section, which other sections of the family may have otherwise.
     parts: where a training checkpoint keeps it; the first that is there is taken, as the published loaders do.
     sizes, known: the fields that tell one published model from another, and their values at every published size.
     """
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested=_RECORDED,
         keys=Keys(gigatok.section_of, gigatok.entries, _used),
-        requires={"family": "gigatok"},
+        requires={"family": "gigatok", "bottleneck": "vq"},
         parts=("ema", "model", "state_dict"),
         sizes=_SIDES,
         known=tuple(_VIT[encoder] + _VIT[decoder] for encoder, decoder in _PAIRS),
@@ -140,7 +140,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="MIT",
         tested="PyTorch on the same weights; key lists of the published code at every published size",
         keys=Keys(llamagen.section_of, llamagen.entries, _used),
-        requires={"family": "llamagen"},
+        requires={"family": "llamagen", "bottleneck": "vq"},
         parts=("model",),
         sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
         known=((128, [1, 1, 2, 2, 4], 16384, 8), (128, [1, 2, 2, 4], 16384, 8)),
@@ -164,7 +164,7 @@ LAYOUTS: dict[str, ModelLayout] = {
         licence="Apache-2.0",
         tested="recorded outputs of the published code at narrow sizes; its key list at the published size",
         keys=Keys(maskgit_vqgan.section_of, maskgit_vqgan.entries),
-        requires={"family": "maskgit_vqgan"},
+        requires={"family": "maskgit_vqgan", "bottleneck": "vq"},
         parts=("model", "state_dict"),
         sizes=("conv_base", "conv_multipliers", "codebook_size", "code_dim"),
         known=((128, [1, 1, 2, 2, 4], 1024, 256),),

@@ -16,12 +16,7 @@ from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.hub import keymap
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
-    "tokenizer": {
-        "gigatok": config.gigatok_tokenizer,
-        "llamagen": config.llamagen_tokenizer,
-        "titok": config.titok_tokenizer,
-        "maskgit_vqgan": config.maskgit_vqgan_tokenizer,
-    },
+    "tokenizer": {family: known.section for family, known in config.TOKENIZERS.items()},
     "generator": {"ar": config.ar_generator, "masked": config.masked_generator},
     "discriminator": {
         "patchgan": lambda: ConfigDict({"family": "patchgan", "base_channels": 64, "num_layers": 3}),
@@ -32,8 +27,7 @@ SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
 # How a section is run, not what it computes: two bundles that differ in these alone are the same.
 RUN_ONLY = ("attention", "remat", "remat_convs", "unroll", "codebook_chunk")
 # Fields that families have got since bundles were written, and the value that these were made with.
-ADDED: dict[str, dict[str, Any]] = {"gigatok": {"bottleneck": "vq"}}
-MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
+ADDED = {family: known.added for family, known in config.TOKENIZERS.items()}
 JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at any size
 
 
@@ -107,8 +101,4 @@ def checked_section(kind: str, section: Any, where: str) -> dict[str, Any]:
                 f"{where}: {name}={reprlib.repr(value)} should be a {wanted.__name__}, as {default[name]!r} is"
             )
     config.check_fields({kind: section}, f"{where}: ")
-    if section.get("layout") == "1d":
-        cells = (section["image_size"] // 2 ** (len(section["conv_multipliers"]) - 1)) ** 2
-        if cells * section["num_latent_tokens"] > MAX_POOLING:
-            raise ValueError(f"{where}: {section['num_latent_tokens']} latent tokens of {cells} cells are too many")
     return section

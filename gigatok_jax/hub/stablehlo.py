@@ -101,4 +101,4 @@ def _coding(model: Any, section: Mapping[str, Any], b: Any) -> dict[str, Program
         latents = _shape(b, K, section["code_dim"], dtype=jnp.float32)
         found = {"encode": (encode, images), "decode": (decode, latents)}
     made_of = {name: made for name, made in found.items() if name in ("tokenize", "encode")}
-    return made_of if section.get("head") == "proxy" else found  # whose decoder makes no images
+    return made_of if model.proxy_codebook_size else found  # whose decoder makes no images

@@ -1,7 +1,8 @@
 """What is trained: a config's sections joined into one pure objective."""
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,32 +18,11 @@ from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.generator import GeneratorObjective
 from gigatok_jax.objectives.masked import MaskedObjective
 from gigatok_jax.objectives.tokenizer import Teacher, TokenizerObjective, Weights
-from gigatok_jax.tokenizers import gigatok, llamagen, maskgit_vqgan, titok
+from gigatok_jax.tokenizers import bottleneck
+from gigatok_jax.tokenizers.families import build as build_tokenizer
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
-FAMILIES = {
-    "gigatok": gigatok.build,
-    "llamagen": llamagen.build,
-    "maskgit_vqgan": maskgit_vqgan.build,
-    "titok": titok.build,
-}
 GENERATORS = {"ar": generators_ar.build, "masked": generators_masked.build}
-
-
-def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
-    """The frozen networks that a config's objective calls, {role: name}; their parameters travel in `frozen`."""
-    if cfg["objective"] != "tokenizer":
-        return {}
-    loss, roles = cfg["loss"], {}
-    if loss["perceptual_weight"]:
-        roles["perceptual"] = loss["perceptual_network"]
-    if loss["convnext_weight"]:
-        roles["logits"] = "convnext-s"
-    if loss["semantic_weight"]:
-        roles["semantic"] = loss["semantic_teacher"]
-    if cfg["discriminator"]["name"] == "dino" and loss["discriminator_start"] <= cfg["num_steps"]:
-        roles["discriminator"] = "dino-s16"
-    return roles
 
 
 def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
@@ -62,16 +42,72 @@ def build_generator(section: Mapping[str, Any], dtype: Any) -> Any:
     return GENERATORS[section["family"]](section, dtype=dtype)
 
 
-def _generator(cfg: Mapping[str, Any]) -> GeneratorObjective:
+def _tokenizer_networks(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Of a tokenizer's losses."""
+    loss, roles = cfg["loss"], {}
+    if loss["perceptual_weight"]:
+        roles["perceptual"] = loss["perceptual_network"]
+    if loss["convnext_weight"]:
+        roles["logits"] = "convnext-s"
+    if loss["semantic_weight"]:
+        roles["semantic"] = loss["semantic_teacher"]
+    if cfg["discriminator"]["name"] == "dino" and loss["discriminator_start"] <= cfg["num_steps"]:
+        roles["discriminator"] = "dino-s16"
+    return roles
+
+
+def _tokenizer(cfg: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> TokenizerObjective:
+    """The objective of a tokenizer's config."""
+    weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
+    tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
+    return TokenizerObjective(
+        tokenizer=tokenizer,
+        discriminator=build_discriminator(cfg, dtype),
+        weights=weights,
+        codebook_size=cfg["tokenizer"]["codebook_size"],
+        teachers=_teachers(cfg, teachers),
+        accumulate=cfg["accumulate"],
+        proxy=_proxy(cfg, tokenizer),
+    )
+
+
+def _generator(
+    kind: type[GeneratorObjective], cfg: Mapping[str, Any], teachers: Mapping[str, Teacher]
+) -> GeneratorObjective:
     """The objective of a generator's config."""
+    del teachers
     section = cfg["generator"]
     if section["family"] != cfg["objective"]:
         raise ValueError(
             f"config.objective={cfg['objective']!r} trains a generator of that family; config.generator.family="
             f"{section['family']!r}"
         )
-    common = build_generator(section, jnp.dtype(cfg["dtype"])), section["class_dropout"], _first_stage(cfg)
-    return ARObjective(*common) if cfg["objective"] == "ar" else MaskedObjective(*common, **cfg["loss"])
+    generator, stage = build_generator(section, jnp.dtype(cfg["dtype"])), _first_stage(cfg)
+    return kind(generator, section["class_dropout"], stage, **cfg.get("loss", {}))
+
+
+class Objective(NamedTuple):
+    """A kind of training.
+
+    build: (config, teachers) → the objective.   networks: a config → the frozen networks that it calls.
+    generates: whether it writes what its first stage encodes, of which it then reads no decoder.
+    """
+
+    build: Callable[..., TokenizerObjective | GeneratorObjective]
+    networks: Callable[[Mapping[str, Any]], dict[str, str]]
+    generates: bool
+
+
+OBJECTIVES = {
+    "tokenizer": Objective(_tokenizer, _tokenizer_networks, generates=False),
+    "ar": Objective(functools.partial(_generator, ARObjective), lambda cfg: {}, generates=True),
+    "masked": Objective(functools.partial(_generator, MaskedObjective), lambda cfg: {}, generates=True),
+}
+
+
+def networks(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """The frozen networks that a config's objective calls, {role: name}; their parameters travel in `frozen`."""
+    return OBJECTIVES[cfg["objective"]].networks(cfg)
 
 
 def build(
@@ -85,19 +121,7 @@ def build(
     Raises:
       ValueError: for an unknown family or discriminator, or a teacher whose width is not the distillation head's.
     """
-    if cfg["objective"] != "tokenizer":
-        return _generator(cfg)
-    weights, dtype = Weights(**cfg["loss"]), jnp.dtype(cfg["dtype"])
-    tokenizer = build_tokenizer(cfg["tokenizer"], dtype)
-    return TokenizerObjective(
-        tokenizer=tokenizer,
-        discriminator=build_discriminator(cfg, dtype),
-        weights=weights,
-        codebook_size=cfg["tokenizer"]["codebook_size"],
-        teachers=_teachers(cfg, teachers or {}),
-        accumulate=cfg["accumulate"],
-        proxy=_proxy(cfg, tokenizer),
-    )
+    return OBJECTIVES[cfg["objective"]].build(cfg, teachers or {})
 
 
 def has_first_stage(cfg: Mapping[str, Any]) -> bool:
@@ -106,26 +130,34 @@ def has_first_stage(cfg: Mapping[str, Any]) -> bool:
 
 
 def _first_stage(cfg: Mapping[str, Any]) -> Tokenizer | None:
-    """The frozen tokenizer of a config, in float32 whatever the config's dtype; its section is filled in by then."""
-    return build_tokenizer(cfg["first_stage"], jnp.float32) if has_first_stage(cfg) else None
+    """The frozen tokenizer that makes ids for a config, in float32 whatever its dtype; its section is filled in by then.
+
+    Raises:
+      ValueError: for one without ids.
+    """
+    if not has_first_stage(cfg):
+        return None
+    bottleneck.check_ids(cfg["first_stage"], cfg["first_stage"]["bundle"])
+    return build_tokenizer(cfg["first_stage"], jnp.float32)
 
 
 def _proxy(cfg: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer | None:
     """The frozen tokenizer whose ids a config's decoder gives logits of."""
-    if cfg["tokenizer"].get("head") != "proxy":
+    if not tokenizer.proxy_codebook_size:
         if has_first_stage(cfg):
             raise ValueError(
-                "config.first_stage.bundle is of no use here: config.tokenizer.head=proxy would learn its ids"
+                "config.first_stage.bundle is of no use here: this decoder makes images (TiTok's learns the ids of a "
+                "proxy tokenizer with config.tokenizer.head=proxy)"
             )
         return None
     if not has_first_stage(cfg):
         raise ValueError(
-            "config.tokenizer.head=proxy learns the ids of a proxy tokenizer: name its bundle with "
+            "this decoder learns the ids of a proxy tokenizer: name its bundle with "
             "--config.first_stage.bundle=FOLDER (configs/maskgit_vqgan.py says where it comes from)"
         )
     proxy, cells = _first_stage(cfg), (tokenizer.image_size // tokenizer.factor) ** 2
     wanted = {"image_size": tokenizer.image_size, "num_latent_tokens": cells}
-    wanted["codebook_size"] = cfg["tokenizer"]["proxy_codebook_size"]
+    wanted["codebook_size"] = tokenizer.proxy_codebook_size
     for field, value in wanted.items():
         if cfg["first_stage"][field] != value:
             raise ValueError(
@@ -152,17 +184,6 @@ def _teachers(cfg: Mapping[str, Any], given: Mapping[str, Teacher]) -> dict[str,
             )
         found["semantic"] = functions.semantic(name, latent_grid(cfg), dtype)
     return found
-
-
-def build_tokenizer(section: Mapping[str, Any], dtype: Any) -> Tokenizer:
-    """The tokenizer of a config's section.
-
-    Raises:
-      ValueError: for an unknown family, or sizes that the family refuses.
-    """
-    if section["family"] not in FAMILIES:
-        raise ValueError(f"config.tokenizer.family={section['family']!r} is not one of {', '.join(FAMILIES)}")
-    return FAMILIES[section["family"]](section, dtype=dtype)
 
 
 def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> nn.Module | None:

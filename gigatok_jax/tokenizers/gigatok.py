@@ -13,6 +13,8 @@ from gigatok_jax.nn.transformer import Stack
 from gigatok_jax.tokenizers import bottleneck
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
+MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
+
 
 def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
     """(h, w) of the feature map.
@@ -55,6 +57,8 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
             f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but a 2-D tokenizer at image_size="
             f"{cfg['image_size']} has {grid[0]}x{grid[1]}={grid[0] * grid[1]}"
         )
+    if one_d and grid[0] * grid[1] * cfg["num_latent_tokens"] > MAX_POOLING:
+        raise ValueError(f"{cfg['num_latent_tokens']} latent tokens of {grid[0] * grid[1]} cells are too many")
     check_channels(cfg)
     convs = dict(
         base=cfg["conv_base"],

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.conv import ConvolutionalDecoder
 from gigatok_jax.encoders.conv import ConvolutionalEncoder
 from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
 from gigatok_jax.nn.initializers import kernels
+from gigatok_jax.tokenizers import bottleneck
 from gigatok_jax.tokenizers.gigatok import check_channels, latent_grid
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
@@ -45,15 +45,10 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     return Tokenizer(
         encoder=ConvolutionalEncoder(
             cnn=ConvEncoder(features=features, blocks=cfg["encoder_conv_blocks"], **convs),
-            code_dim=cfg["code_dim"],
+            code_dim=bottleneck.width(cfg),
             dtype=dtype,
         ),
-        bottleneck=VectorQuantizer(
-            codebook_size=cfg["codebook_size"],
-            code_dim=cfg["code_dim"],
-            estimator=cfg["estimator"],
-            chunk_size=cfg["codebook_chunk"],
-        ),
+        bottleneck=bottleneck.build(cfg),
         decoder=ConvolutionalDecoder(
             cnn=ConvDecoder(blocks=cfg["decoder_conv_blocks"], plain=True, **convs),
             features=features,

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gigatok_jax.bottlenecks.vq import VectorQuantizer
 from gigatok_jax.decoders.conv import ConvolutionalDecoder
 from gigatok_jax.encoders.conv import ConvolutionalEncoder
 from gigatok_jax.nn.initializers import kernels
 from gigatok_jax.nn.maskgit_conv import MaskGITDecoder, MaskGITEncoder
+from gigatok_jax.tokenizers import bottleneck
 from gigatok_jax.tokenizers.gigatok import check_channels, latent_grid
 from gigatok_jax.tokenizers.llamagen import check_cells
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
@@ -49,16 +49,11 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
     """
     grid = latent_grid(cfg)
     check_cells(cfg, grid)
-    cnn = MaskGITEncoder(blocks=cfg["encoder_conv_blocks"], features=cfg["code_dim"], **convolutions(cfg, dtype))
+    features = bottleneck.width(cfg)
+    cnn = MaskGITEncoder(blocks=cfg["encoder_conv_blocks"], features=features, **convolutions(cfg, dtype))
     return Tokenizer(
         encoder=ConvolutionalEncoder(cnn=cnn, code_dim=None, dtype=dtype),
-        bottleneck=VectorQuantizer(
-            codebook_size=cfg["codebook_size"],
-            code_dim=cfg["code_dim"],
-            estimator=cfg["estimator"],
-            chunk_size=cfg["codebook_chunk"],
-            normalized=cfg["normalized"],
-        ),
+        bottleneck=bottleneck.build(cfg, normalized=cfg["normalized"]),
         decoder=ConvolutionalDecoder(cnn=pixel_decoder(cfg, dtype=dtype), features=None, grid=grid, dtype=dtype),
         num_latent_tokens=cfg["num_latent_tokens"],
         image_size=cfg["image_size"],

@@ -51,6 +51,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
         num_latent_tokens=cfg["num_latent_tokens"],
         image_size=cfg["image_size"],
         factor=cfg["patch"],
+        proxy_codebook_size=cfg["proxy_codebook_size"] if cfg["head"] == "proxy" else 0,
     )
 
 

@@ -64,10 +64,24 @@ def test_a_bundle_of_before_a_field_is_the_same(folder):
     path.write_text(json.dumps(content))
     read = bundle.load(folder)
     assert read.section["bottleneck"] == "vq" and read.model().num_latent_tokens
+    before = read._replace(section={name: x for name, x in read.section.items() if name != "bottleneck"})
+    assert before.save(folder.parent / "anew")["hash"] == read.hash  # as a run of then is exported
     content["section"]["bottleneck"] = "kl"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has changed since it was exported"):
         bundle.load(folder)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "maskgit_vqgan"])
+def test_the_hash_of_a_family_s_bundles_is_that_of_before_a_field(family):
+    section = json.loads(sections.SECTIONS["tokenizer"][family]().to_json())
+    before = {name: value for name, value in section.items() if name != "bottleneck"}
+    assert contents.checked_section("tokenizer", sections.completed(before), "here") == section
+    facts = {"schema": 2, "kind": "tokenizer", "weights_sha256": "ab", "class_names": [], "tokenizer": None}
+    assert contents.digest({**facts, "section": section}) == contents.digest({**facts, "section": before})
+    assert contents.digest({**facts, "section": section | {"bottleneck": "kl"}}) != contents.digest(
+        {**facts, "section": before}
+    )
 
 
 @pytest.fixture
