@@ -10,7 +10,7 @@ import numpy as np
 from gigatok_jax import config
 from gigatok_jax.hub.conv_keys import conv, dense, norm, resnet
 from gigatok_jax.hub.keymap import Entry
-from gigatok_jax.tokenizers.gigatok import latent_grid
+from gigatok_jax.tokenizers.grid import latent_grid
 
 # A ring buffer of recent ids, refilled by training; made anew as the published code starts it.
 BUFFERS = {"quantize.codebook_used": np.zeros(65536, np.float32)}

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gigatok_jax import config, objectives
-from gigatok_jax.discriminators.blur import BlurDiscriminator
-from gigatok_jax.discriminators.dino import DinoDiscriminator
-from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.hub import keymap
+from gigatok_jax.objectives import discriminators
 
 SECTIONS: dict[str, dict[str, Callable[[], ConfigDict]]] = {
     "tokenizer": {family: known.section for family, known in config.TOKENIZERS.items()},
@@ -33,17 +31,12 @@ JUDGED = 256  # px that a discriminator is shown for its shapes, which hold at a
 
 def build_model(kind: str, section: Mapping[str, Any], dtype: str = "float32") -> Any:
     """The network of a section; raises ValueError for sizes that its family refuses."""
-    dtype = jnp.dtype(dtype)
-    if section["family"] == "patchgan":
-        return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
-    if section["family"] == "blur":
-        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
-    if section["family"] == "dino":
-        return DinoDiscriminator(section["width"], taps=tuple(range(section["num_heads"])), dtype=dtype)
+    if kind == "discriminator":
+        return discriminators.build(section["family"], section, jnp.dtype(dtype))
     # A fused kernel wants its own device and dtype: whoever loads a bundle may have neither.
     section = {**section, "attention": "xla"}
     build = objectives.build_tokenizer if kind == "tokenizer" else objectives.build_generator
-    return build(section, dtype)
+    return build(section, jnp.dtype(dtype))
 
 
 def parameter_shapes(kind: str, section: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,11 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gigatok_jax import teachers as frozen_networks
-from gigatok_jax.discriminators.blur import BlurDiscriminator
-from gigatok_jax.discriminators.dino import DinoDiscriminator
-from gigatok_jax.discriminators.patchgan import PatchGAN
 from gigatok_jax.generators import ar as generators_ar
 from gigatok_jax.generators import masked as generators_masked
+from gigatok_jax.objectives import discriminators
 from gigatok_jax.objectives import teachers as functions
 from gigatok_jax.objectives.ar import ARObjective
 from gigatok_jax.objectives.generator import GeneratorObjective
@@ -130,7 +128,7 @@ def has_first_stage(cfg: Mapping[str, Any]) -> bool:
 
 
 def _first_stage(cfg: Mapping[str, Any]) -> Tokenizer | None:
-    """The frozen tokenizer that makes ids for a config, in float32 whatever its dtype; its section is filled in by then.
+    """The frozen tokenizer that makes a config's ids, in float32 whatever its dtype; its section is filled in by then.
 
     Raises:
       ValueError: for one without ids.
@@ -191,10 +189,4 @@ def build_discriminator(cfg: Mapping[str, Any], dtype: Any) -> nn.Module | None:
     section = cfg["discriminator"]
     if section["name"] == "none" or cfg["loss"]["discriminator_start"] > cfg["num_steps"]:
         return None
-    if section["name"] == "dino":
-        sizes = frozen_networks.VITS["dino-s16"]
-        taps = tuple(range(0, sizes.depth + 1, sizes.depth // 4))
-        return DinoDiscriminator(sizes.width, sizes.depth, sizes.num_heads, taps, section["remat"], dtype)
-    if section["name"] == "blur":
-        return BlurDiscriminator(section["base_channels"], section["num_layers"], section["pooling"], dtype)
-    return PatchGAN(section["base_channels"], section["num_layers"], dtype=dtype)
+    return discriminators.build(section["name"], section, dtype)

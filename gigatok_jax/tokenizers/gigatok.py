@@ -11,35 +11,10 @@ from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
 from gigatok_jax.nn.initializers import kernels, positions
 from gigatok_jax.nn.transformer import Stack
 from gigatok_jax.tokenizers import bottleneck
+from gigatok_jax.tokenizers.grid import check_channels, latent_grid
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 MAX_POOLING = 2**28  # entries of the table that makes a 1-D tokenizer's latent tokens of its cells
-
-
-def latent_grid(cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """(h, w) of the feature map.
-
-    Raises:
-      ValueError: if the image size is not a multiple of the convolutions' factor.
-    """
-    factor = 2 ** (len(cfg["conv_multipliers"]) - 1)
-    if cfg["image_size"] % factor or cfg["image_size"] < 2 * factor:
-        below = max(2, cfg["image_size"] // factor) * factor  # one cell has no spread, which the decoder's norm needs
-        raise ValueError(
-            f"image_size={cfg['image_size']} is not a multiple of {factor} (the factor of "
-            f"{len(cfg['conv_multipliers'])} convolution levels) from {2 * factor} on; the nearest that work are "
-            f"{below} and {below + factor}"
-        )
-    return (cfg["image_size"] // factor,) * 2
-
-
-def check_channels(cfg: Mapping[str, Any]) -> None:
-    """Raises ValueError where a convolution level's channels do not divide into the norms' groups."""
-    for channels in (cfg["conv_base"] * multiplier for multiplier in cfg["conv_multipliers"]):
-        if channels % cfg["norm_groups"]:
-            raise ValueError(
-                f"{channels} convolution channels do not divide into tokenizer.norm_groups={cfg['norm_groups']}"
-            )
 
 
 def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:

@@ -10,17 +10,8 @@ from gigatok_jax.encoders.conv import ConvolutionalEncoder
 from gigatok_jax.nn.conv import ConvDecoder, ConvEncoder
 from gigatok_jax.nn.initializers import kernels
 from gigatok_jax.tokenizers import bottleneck
-from gigatok_jax.tokenizers.gigatok import check_channels, latent_grid
+from gigatok_jax.tokenizers.grid import check_cells, check_channels, latent_grid
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
-
-
-def check_cells(cfg: Mapping[str, Any], grid: tuple[int, int]) -> None:
-    """Raises ValueError where a grid's latent tokens are not its cells."""
-    if cfg["num_latent_tokens"] != grid[0] * grid[1]:
-        raise ValueError(
-            f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']}, but at image_size={cfg['image_size']} the grid "
-            f"is {grid[0]}x{grid[1]}: set it to {grid[0] * grid[1]}"
-        )
 
 
 def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:

@@ -10,8 +10,7 @@ from gigatok_jax.encoders.conv import ConvolutionalEncoder
 from gigatok_jax.nn.initializers import kernels
 from gigatok_jax.nn.maskgit_conv import MaskGITDecoder, MaskGITEncoder
 from gigatok_jax.tokenizers import bottleneck
-from gigatok_jax.tokenizers.gigatok import check_channels, latent_grid
-from gigatok_jax.tokenizers.llamagen import check_cells
+from gigatok_jax.tokenizers.grid import check_cells, check_channels, latent_grid
 from gigatok_jax.tokenizers.tokenizer import Tokenizer
 
 
