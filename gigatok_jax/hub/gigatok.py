@@ -1,13 +1,13 @@
 """Published GigaTok tokenizer checkpoints ↔ ours (key names of SilentView/GigaTok)."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gigatok_jax import config
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.conv_keys import conv, dense, norm, resnet
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.tokenizers.grid import latent_grid
@@ -138,13 +138,10 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def rows(key: str) -> int:  # by another tensor's width, so that a transposed table is what does not fit
         return math.prod(shapes[key]) // shapes[f"{encoder}.encoder_embed.weight"][0]
 
-    def count(pattern: str) -> int:
-        return len({match[1] for key in shapes if (match := re.match(pattern, key))})
-
     base, features = shapes["encoder.conv_in.weight"][0], shapes["encoder.conv_out.weight"][0]
     widths = [
         shapes[f"encoder.conv_blocks.{level}.res.0.conv2.weight"][0]
-        for level in range(count(r"encoder\.conv_blocks\.(\d+)\."))
+        for level in range(keymap.count(shapes, r"encoder\.conv_blocks\.(\d+)\."))
     ]
     cells, factor = rows(f"{encoder}.positional_embedding"), 2 ** (len(widths) - 1)
     code_dim = shapes["quant_conv.weight"][0]
@@ -156,14 +153,14 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "features": features,
         "conv_base": base,
         "conv_multipliers": [width // base for width in widths],
-        "encoder_conv_blocks": count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "decoder_conv_blocks": count(r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "encoder_conv_blocks": keymap.count(shapes, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "decoder_conv_blocks": keymap.count(shapes, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
         "codebook_size": math.prod(shapes["quantize.embedding.weight"]) // code_dim,
         "code_dim": code_dim,
         "teacher_dim": shapes.get(f"{decoder}.distill_mlp.4.weight", (0,))[0],
     }
     for side, key in (("encoder", encoder), ("decoder", decoder)):
-        width, depth = shapes[f"{key}.{side}_embed.weight"][0], count(rf"{key}\.transformer\.(\d+)\.")
+        width, depth = shapes[f"{key}.{side}_embed.weight"][0], keymap.count(shapes, rf"{key}\.transformer\.(\d+)\.")
         section |= {f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": max(width // HEAD, 1)}
     section["distill_layer"] = min(section["distill_layer"], section["decoder_depth"])
     if f"{encoder}.transformer.0.multihead_attn.in_proj_bias" in shapes and not one_d:

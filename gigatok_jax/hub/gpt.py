@@ -1,12 +1,12 @@
 """Published GPT checkpoints (SilentView/GigaTok `gpt_1d`, FoundationVision/LlamaGen `gpt`) ↔ our AR generator."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
 from gigatok_jax.generators.ar import hidden_width
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.conv_keys import dense
 from gigatok_jax.hub.keymap import Entry
 
@@ -75,7 +75,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     learned = "positional_embedding" in shapes
     section = config.ar_generator().to_dict()
     heads = {(width, depth): heads for width, depth, heads in config.GPT_SIZES.values()}
-    depth = len({match[1] for key in shapes if (match := re.match(r"layers\.(\d+)\.", key))})
+    depth = keymap.count(shapes, r"layers\.(\d+)\.")
     hidden = shapes["layers.0.feed_forward.w1.weight"][0]
     multiples = (m for m in (section["hidden_multiple"], 128, 64, 32, 16) if hidden_width(width, m) == hidden)
     section |= {

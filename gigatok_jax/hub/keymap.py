@@ -4,6 +4,7 @@ Each model's list is enumerated from its config, so a key is unknown, missing or
 and never by a pattern that happens to match.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -206,6 +207,11 @@ def translated_dtypes(
     """The dtypes of what `translated` reads."""
     sources = {(path, entry.layer): state[entry.key].dtype for entry in entries for path in entry.paths}
     return {entry.key: np.result_type(*(sources[path, entry.layer] for path in entry.paths)) for entry in wanted}
+
+
+def count(keys: Iterable[str], pattern: str) -> int:
+    """How many layers, levels or blocks there are: numbers that a pattern's group finds from the start of keys."""
+    return len({match[1] for key in keys if (match := re.match(pattern, key))})
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Published LlamaGen tokenizers (FoundationVision/LlamaGen `vq_model`) ↔ ours."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.conv_keys import conv, dense, norm, resnet
 from gigatok_jax.hub.gigatok import BUFFERS
 from gigatok_jax.hub.keymap import Entry
@@ -79,7 +79,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
       KeyError: where the tensors are no LlamaGen tokenizer's.
     """
     base, code_dim = shapes["encoder.conv_in.weight"][0], shapes["quant_conv.weight"][0]
-    levels = len({match[1] for key in shapes if (match := re.match(r"encoder\.conv_blocks\.(\d+)\.", key))})
+    levels = keymap.count(shapes, r"encoder\.conv_blocks\.(\d+)\.")
     widths = [shapes[f"encoder.conv_blocks.{level}.res.0.conv2.weight"][0] for level in range(levels)]
     section, factor = config.llamagen_tokenizer().to_dict(), 2 ** (levels - 1)
     return section | {

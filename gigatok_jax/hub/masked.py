@@ -1,11 +1,11 @@
 """Published masked generators (bytedance/1d-tokenizer `ImageBert`, `UViTBert`) ↔ ours."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.conv_keys import dense, norm
 from gigatok_jax.hub.keymap import Entry
 
@@ -99,10 +99,9 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     table, positions, head, mlp, out, layer = _TOLD_BY["bert" if bert else "uvit"]
     width, hidden = shapes[out][0], shapes[mlp][0]
     codebook_size, rows = shapes[head][0], math.prod(shapes[table]) // width
-    layers = {match[1] for key in shapes if (match := re.match(layer, key))}
     section = config.masked_generator("l-32" if bert else "s-128").to_dict()
     heads = {sizes[:3]: sizes[3] for sizes in config.MASKED_SIZES.values()}
-    depth = len(layers) * (1 if bert else 2)
+    depth = keymap.count(shapes, layer) * (1 if bert else 2)
     return section | {
         "width": width,
         "depth": depth,

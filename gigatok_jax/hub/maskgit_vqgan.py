@@ -1,10 +1,10 @@
 """Published MaskGIT-VQGAN weights (`encoder.*`, `decoder.*`, `quantize.*`, as TiTok reads them) ↔ ours."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
+from gigatok_jax.hub import keymap
 from gigatok_jax.hub.conv_keys import conv, norm
 from gigatok_jax.hub.keymap import Entry
 
@@ -85,17 +85,14 @@ def decoder_sizes(key_prefix: str, codebook_prefix: str, shapes: Mapping[str, tu
     Raises:
       KeyError: where the tensors are no MaskGIT-VQGAN's.
     """
-    found = [
-        match for key in shapes if (match := re.match(re.escape(key_prefix) + r"\.up\.(\d+)\.block\.(\d+)\.", key))
-    ]
-    levels, blocks = ({int(match[group]) for match in found} for group in (1, 2))
-    widths = [shapes[f"{key_prefix}.up.{level}.block.0.conv2.weight"][0] for level in range(len(levels))]
+    levels = keymap.count(shapes, rf"{key_prefix}\.up\.(\d+)\.block\.\d+\.")
+    widths = [shapes[f"{key_prefix}.up.{level}.block.0.conv2.weight"][0] for level in range(levels)]
     base = shapes[f"{key_prefix}.norm_out.weight"][0]
     codebook_size, code_dim = shapes[f"{codebook_prefix}.embedding.weight"]
     return {
         "conv_base": base,
         "conv_multipliers": [width // base for width in widths],
-        "decoder_conv_blocks": len(blocks),
+        "decoder_conv_blocks": keymap.count(shapes, rf"{key_prefix}\.up\.\d+\.block\.(\d+)\."),
         "codebook_size": codebook_size,
         "code_dim": code_dim,
     }
@@ -109,7 +106,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
       ValueError: where its codebook is no matrix.
     """
     section, sizes = config.maskgit_vqgan_tokenizer().to_dict(), decoder_sizes("decoder", "quantize", shapes)
-    blocks = {match[1] for key in shapes if (match := re.match(r"encoder\.down\.\d+\.block\.(\d+)\.", key))}
+    blocks = keymap.count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\.")
     factor = 2 ** (len(sizes["conv_multipliers"]) - 1)
     cells = (section["image_size"] // factor) ** 2
-    return section | sizes | {"num_latent_tokens": cells, "encoder_conv_blocks": len(blocks)}
+    return section | sizes | {"num_latent_tokens": cells, "encoder_conv_blocks": blocks}

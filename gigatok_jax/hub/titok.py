@@ -1,12 +1,11 @@
 """Published TiTok tokenizers (bytedance/1d-tokenizer `TiTok`) ↔ ours."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gigatok_jax import config
-from gigatok_jax.hub import maskgit_vqgan
+from gigatok_jax.hub import keymap, maskgit_vqgan
 from gigatok_jax.hub.conv_keys import conv, dense, norm
 from gigatok_jax.hub.keymap import Entry
 from gigatok_jax.tokenizers.titok import proxy_section
@@ -87,7 +86,7 @@ def section_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     section = config.titok_tokenizer().to_dict()
     for side in ("encoder", "decoder"):
         width = shapes[f"{side}.ln_pre.weight"][0]
-        depth = len({m[1] for key in shapes if (m := re.match(rf"{side}\.transformer\.(\d+)\.", key))})
+        depth = keymap.count(shapes, rf"{side}\.transformer\.(\d+)\.")
         section |= {f"{side}_width": width, f"{side}_depth": depth, f"{side}_heads": max(width // HEAD, 1)}
     width, patch = section["encoder_width"], shapes["encoder.patch_embed.weight"][-1]
     cells = math.prod(shapes["encoder.positional_embedding"]) // width - 1

@@ -114,7 +114,7 @@ def compiled(cfg: ConfigDict, topology: Topology, program: str, timeout: float) 
 
 def settings(cfg: ConfigDict) -> dict[str, Any]:
     """What of a config bears on a plan, beside its sizes."""
-    model = cfg["generator" if "generator" in cfg else "tokenizer"]
+    model = cfg[model_group(cfg)]
     named = {"preset": cfg.sharding.preset, "offload": cfg.sharding.offload, "accumulate": cfg.accumulate}
     # Tokenizers of convolutions alone have no such choice.
     chosen = {name: model[name] for name in ("attention", "remat") if name in model}

@@ -128,3 +128,8 @@ def test_models_of_llamagen(size):
 
 def test_the_tokenizer_that_titok_reads():
     check("maskgit-vqgan", plain(config.maskgit_vqgan_tokenizer()), MASKGIT_VQGAN)
+
+
+def test_layers_are_counted_by_their_numbers():
+    keys = ["layers.0.w", "layers.0.b", "layers.11.w", "layers.2.w", "norm.w", "other.layers.7.w", "layers.x.w"]
+    assert keymap.count(keys, r"layers\.(\d+)\.") == 3 and keymap.count(keys, r"blocks\.(\d+)\.") == 0

@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers
     said = report.misfit(row)
     assert "does not fit v5e:2x4: 21.2 GiB of 15.8" in said and "f32[16,256,256,128]" in said and "fsdp" in said
     assert "--config.sharding.offload=moments" in said and "tokenizer.codebook_chunk" in said
+    assert "--config.generator.remat=full" in report.misfit({**row, "model": "generator"})
     sampling = {"program": "sample", "model": "generator", "mesh": {"data": 1, "fsdp": 8, "tensor": 1}}
     said = report.misfit({**row, **sampling})
     assert "more chips" in said and "offload" not in said and "tokenizer" not in said
