@@ -69,7 +69,7 @@ def get_config(size: str = "l-32") -> ConfigDict:
     encoder, decoder, cfg.tokenizer.num_latent_tokens = known[name]
     config.set_vit(cfg.tokenizer, "encoder", encoder)
     config.set_vit(cfg.tokenizer, "decoder", decoder)
-    if size.endswith("-512"):
+    if name.endswith("-512"):
         cfg.tokenizer.update(image_size=512, patch=32)
     # Published losses compare RGB in [0, 1]: a quarter of the same squares in [−1, 1].
     cfg.loss.update(pixel_weight=0.25, semantic_weight=0.0, entropy_weight=0.0, auxiliary_end=0)

@@ -130,7 +130,7 @@ def test_a_start_of_another_model_is_refused(proxy, tmp_path):
         ({"head": "pixels"}, "proxy", "first_stage.bundle is of no use"),
         (STAGE_1 | {"proxy_codebook_size": 16}, "proxy", "codebook_size=32, this tokenizer's decoder wants 16"),
         ({"patch": 3}, "", "no multiple of tokenizer.patch=3"),
-        (STAGE_2 | {"patch": 4}, "", "makes 2 pixels"),
+        (STAGE_2 | {"patch": 1}, "", "patch=1 is no multiple of the 2 pixels"),
         ({"bottleneck": "kl"}, "", "codebook_size=64"),
         ({"codebook_size": 0}, "", "codebook_size=0"),
         ({"encoder_heads": 3}, "", "does not divide into 3 heads"),

@@ -86,9 +86,13 @@ class PixelHead(nn.Module):
 
 
 class ProxyHead(nn.Module):
-    """Features (B, h, w, D) → logits (B, h·w, V) over the ids of a proxy tokenizer's grid, float32."""
+    """Features (B, h, w, D) → logits (B, N, V) over the ids of a proxy tokenizer's grid, float32.
+
+    N is h·w, row by row, or h·w·`side`² where a cell covers `side`×`side` of the proxy's.
+    """
 
     codebook_size: int
+    side: int = 1
     dtype: Any = jnp.float32
     kernel_init: Init = small_normal
 
@@ -97,14 +101,18 @@ class ProxyHead(nn.Module):
         B, H, W, width = x_BHWD.shape
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         hidden = nn.tanh(nn.Dense(2 * width, name="hidden", **dense)(x_BHWD.reshape(B, H * W, width)))
-        return nn.Dense(self.codebook_size, name="logits", **dense)(hidden).astype(jnp.float32), {}
+        logits_BNV = nn.Dense(self.side**2 * self.codebook_size, name="logits", **dense)(hidden)
+        if self.side > 1:
+            cells_BHWV = depth_to_space(logits_BNV.reshape(B, H, W, -1), self.side)
+            logits_BNV = cells_BHWV.reshape(B, -1, self.codebook_size)
+        return logits_BNV.astype(jnp.float32), {}
 
 
 class ProxyPixelHead(nn.Module):
     """Features (B, h, w, D) → image: the proxy's logits mix its codebook, which its decoder turns into pixels.
 
     `quantizer` and `cnn` are the proxy tokenizer's own, trained here (stage 2 of TiTok). Taps in `out`: `proxy_logits`
-    (B, h·w, V), `pre_decoder_cnn` (B, h, w, Z).
+    (B, N, V), `pre_decoder_cnn` (B, h·side, w·side, Z).
     """
 
     proxy: ProxyHead
@@ -115,5 +123,6 @@ class ProxyPixelHead(nn.Module):
     def __call__(self, x_BHWD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BNV, _ = self.proxy(x_BHWD)
         mixed_BNZ = self.quantizer.soft_lookup(jax.nn.softmax(logits_BNV))
-        map_BHWZ = mixed_BNZ.reshape(*x_BHWD.shape[:3], -1)
+        B, H, W, _ = x_BHWD.shape
+        map_BHWZ = mixed_BNZ.reshape(B, H * self.proxy.side, W * self.proxy.side, -1)
         return self.cnn(map_BHWZ), {"proxy_logits": logits_BNV, "pre_decoder_cnn": map_BHWZ}

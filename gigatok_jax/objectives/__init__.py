@@ -153,8 +153,8 @@ def _proxy(cfg: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer | None:
             "this decoder learns the ids of a proxy tokenizer: name its bundle with "
             "--config.first_stage.bundle=FOLDER (configs/maskgit_vqgan.py says where it comes from)"
         )
-    proxy, cells = _first_stage(cfg), (tokenizer.image_size // tokenizer.factor) ** 2
-    wanted = {"image_size": tokenizer.image_size, "num_latent_tokens": cells}
+    proxy = _first_stage(cfg)
+    wanted = {"image_size": tokenizer.image_size, "num_latent_tokens": tokenizer.num_proxy_ids}
     wanted["codebook_size"] = tokenizer.proxy_codebook_size
     for field, value in wanted.items():
         if cfg["first_stage"][field] != value:

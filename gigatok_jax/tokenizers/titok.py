@@ -51,7 +51,7 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
         num_latent_tokens=cfg["num_latent_tokens"],
         image_size=cfg["image_size"],
         factor=cfg["patch"],
-        proxy_codebook_size=cfg["proxy_codebook_size"] if cfg["head"] == "proxy" else 0,
+        **(_proxy_ids(cfg) if cfg["head"] == "proxy" else {}),
     )
 
 
@@ -69,16 +69,29 @@ def _head(cfg: Mapping[str, Any], grid: tuple[int, int], dtype: Any) -> nn.Modul
         # A loud random convolution of three channels would mix colours and blur: it starts as a rotation of colours.
         last_init = nn.initializers.delta_orthogonal() if cfg["kernel_gain"] else init
         return PixelHead(cfg["patch"], dtype, init, last_init)
-    proxy = ProxyHead(cfg["proxy_codebook_size"], dtype, init)
+    proxy = ProxyHead(cfg["proxy_codebook_size"], cfg["patch"] // _proxy_factor(cfg), dtype, init)
     if cfg["head"] == "proxy":
         return proxy
     section = proxy_section(cfg)
-    if (factor := 2 ** (len(section["conv_multipliers"]) - 1)) != cfg["patch"]:
-        raise ValueError(
-            f"tokenizer.patch={cfg['patch']}, but the proxy's decoder makes {factor} pixels a side of a cell"
-        )
     quantizer = VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=section["normalized"])
     return ProxyPixelHead(proxy, quantizer, maskgit_vqgan.pixel_decoder(section, dtype=dtype))
+
+
+def _proxy_factor(cfg: Mapping[str, Any]) -> int:
+    """How many pixels of a side the proxy's decoder makes of an id."""
+    factor = 2 ** (len(cfg["proxy_conv_multipliers"]) - 1)
+    if cfg["patch"] % factor:
+        raise ValueError(
+            f"tokenizer.patch={cfg['patch']} is no multiple of the {factor} pixels a side that the proxy makes of an "
+            "id (one level of tokenizer.proxy_conv_multipliers fewer halves them)"
+        )
+    return factor
+
+
+def _proxy_ids(cfg: Mapping[str, Any]) -> dict[str, int]:
+    """Of how many ids, and how many, the proxy's grid is."""
+    side = cfg["image_size"] // _proxy_factor(cfg)
+    return {"proxy_codebook_size": cfg["proxy_codebook_size"], "num_proxy_ids": side**2}
 
 
 def proxy_section(cfg: Mapping[str, Any]) -> dict[str, Any]:

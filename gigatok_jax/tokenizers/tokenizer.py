@@ -17,7 +17,8 @@ class Tokenizer(nn.Module):
 
     Attributes:
       grid: (h, w) of a 2-D tokenizer whose ids are a raster-order grid, None for 1-D latent tokens.
-      proxy_codebook_size: of the tokenizer whose grid of ids the decoder gives logits of; 0: it makes images.
+      proxy_codebook_size, num_proxy_ids: of the tokenizer whose grid of ids the decoder gives logits of; 0: it makes
+        images.
       factor: how many pixels of a side one cell of the feature map covers.
     """
 
@@ -29,6 +30,7 @@ class Tokenizer(nn.Module):
     factor: int
     grid: tuple[int, int] | None = None
     proxy_codebook_size: int = 0
+    num_proxy_ids: int = 0
 
     def encode(
         self, image_BHWC: jax.Array, cond: Condition | None = None, *, key: jax.Array | None = None, train: bool = False
