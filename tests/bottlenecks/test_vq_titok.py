@@ -117,3 +117,16 @@ def test_without_training_nothing_is_edited():
     variables = module.init(jax.random.key(1), z)
     _, kept = module.apply(variables, z, mutable=["statistics", "edits"])
     assert_close_tree(kept, {name: variables[name] for name in kept})
+
+
+def test_normalised_latents_pull_entries_by_direction_and_with_their_length():
+    module = quantizer(clustering=True)
+    z = 3 * jax.random.normal(jax.random.key(0), (3, 10, DIM))
+    variables = module.init(jax.random.key(1), z)
+    codebook, kept = variables["params"]["codebook"], {name: variables[name] for name in ("statistics", "edits")}
+    kept["statistics"] = {"usage": jnp.linspace(0, 5e-4, CODES)}  # shares of all sizes
+    _, kept = module.apply({**variables, **kept}, z, train=True, mutable=["statistics", "edits"])
+    share = jnp.exp(-10 * CODES * kept["statistics"]["usage"] / 0.01 - 1e-3)[:, None]
+    flat = z.reshape(-1, DIM)
+    pulled_to = flat[(vq.unit(codebook) @ vq.unit(flat).T).argmax(-1)]
+    assert_close_tree(edited(codebook, kept)[0], (1 - share) * codebook + share * pulled_to)
