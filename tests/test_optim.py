@@ -66,12 +66,18 @@ def test_published_schedules(golden):
 
 @pytest.mark.golden
 def test_published_schedules_of_titok(golden):
-    """Learning rates over 100 steps, and the decays of the average; the published cosine rises again after its end."""
+    """Learning rates over 100 steps, and the decays of the average.
+
+    The published cosine rises again after its end, where ours stays.
+    """
     io = np.load(golden / "titok" / "schedules.npz")
     common = dict(peak=1e-4, end=1e-5, warmup=10, num_steps=100, decay_fraction=0.0, start=0.0)
     for name, kind, known in (("lr_cosine_w10_t100_end1e5", "cosine", 101), ("lr_constant_w10", "constant", 120)):
         ours = jax.vmap(optim.schedule(kind, **common))(np.arange(known))
         np.testing.assert_allclose(ours, io[name][:known], rtol=1e-5, atol=1e-11, err_msg=name)
+    ended = jax.vmap(optim.schedule("cosine", **common))(np.arange(101, 120))
+    np.testing.assert_allclose(ended, 1e-5, rtol=1e-6)
+    assert (np.diff(io["lr_cosine_w10_t100_end1e5"][100:]) > 0).all()
     group = optim.Group(optax.identity(), None, clip=0.0, ema=0.999, trainable=".*", ema_warmup=True)
     after = io["ema_steps"] > 0  # theirs counts updates from 1
     ours = jax.vmap(lambda step: optim.ema_decay(group, step))(io["ema_steps"][after] - 1)

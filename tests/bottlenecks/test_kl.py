@@ -59,3 +59,8 @@ def test_log_variances_are_clipped():
 def test_refusals(shape, options, said):
     with pytest.raises(ValueError, match=said):
         KLBottleneck(4).apply({}, jnp.zeros(shape), **options)
+
+
+def test_log_variances_are_clipped_where_published():
+    moments = jnp.array([[[0.0, -1e4]], [[0.0, 1e4]]])
+    np.testing.assert_array_equal(np.ravel(KLBottleneck(1).apply({}, moments).moments[1]), [-30, 20])

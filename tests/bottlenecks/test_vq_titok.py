@@ -70,8 +70,12 @@ def edited(codebook, kept):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("step", range(3))
-def test_clustering(golden, step):
-    """A step from the recorded state; entries that were pulled to one latent tie there, where rounding chooses."""
+def test_clustering(golden, step, monkeypatch):
+    """A step from the recorded state and with the recorded ids.
+
+    Entries that were pulled to one latent are equally near to it but for 2e-6, which is the spacing of float32 at the
+    squares (18) that distances are the difference of: there rounding chooses, and any of these will do.
+    """
     want = np.load(golden / "titok" / "quantizer_clustering.npz")
     module, z = quantizer(clustering=True, normalized=False), tokens(want["z"])
     codebook = jnp.asarray(want[f"codebook_after_{step - 1}"] if step else want["codebook0"])
@@ -79,16 +83,27 @@ def test_clustering(golden, step):
     if step:
         kept["statistics"]["usage"] = jnp.asarray(want[f"embed_prob_{step - 1}"])
     variables = {"params": {"codebook": codebook}, **kept}
+    ids, recorded = np.ravel(module.apply(variables, z).ids_BK), want[f"indices_{step}"].ravel()
+    distance = np.square(np.float64(z.reshape(-1, 1, DIM)) - np.float64(codebook)).sum(-1)
+    ties = distance <= distance.min(-1, keepdims=True) + 2e-6
+    assert ties[np.arange(ids.size), ids].all() and ties[np.arange(ids.size), recorded].all()
+    np.testing.assert_array_equal(ids[ties.sum(-1) == 1], recorded[ties.sum(-1) == 1])
+    assert (ties.sum(-1) > 1).sum() <= (2 if step else 0)
+    nearest = vq.nearest
+    monkeypatch.setattr(vq, "nearest", lambda z_NZ, *rest: replayed(nearest(z_NZ, *rest), ids, recorded))
     codes, kept = module.apply(variables, z, train=True, mutable=["statistics", "edits"])
-    ids, recorded = np.ravel(codes.ids_BK), want[f"indices_{step}"].ravel()
-    apart = np.abs(codebook[ids] - codebook[recorded]).max(-1)
-    assert apart.max() < 0.01 and (ids != recorded).sum() <= 1
-    sure = ~np.isin(np.arange(CODES), [*ids[ids != recorded], *recorded[ids != recorded]])
+    np.testing.assert_array_equal(np.ravel(codes.ids_BK), recorded)
     loss = codes.losses["codebook"] + 0.25 * codes.losses["commitment"]
     np.testing.assert_allclose(loss, want[f"loss_{step}"], rtol=1e-5)
     codebook, kept = edited(codebook, kept)
-    assert_close_tree(kept["statistics"]["usage"][sure], want[f"embed_prob_{step}"][sure])
-    assert_close_tree(codebook[sure], want[f"codebook_after_{step}"][sure])
+    assert_close_tree(kept["statistics"]["usage"], want[f"embed_prob_{step}"])
+    assert_close_tree(codebook, want[f"codebook_after_{step}"])
+
+
+def replayed(found, ids, recorded):
+    """The recorded ids where ours were found, else what was found."""
+    same = found.shape == ids.shape and (found == ids).all()
+    return jnp.asarray(recorded, found.dtype) if same else found
 
 
 def test_edits_of_microbatches_follow_one_another():
@@ -115,3 +130,16 @@ def test_without_training_nothing_is_edited():
     variables = module.init(jax.random.key(1), z)
     _, kept = module.apply(variables, z, mutable=["statistics", "edits"])
     assert_close_tree(kept, {name: variables[name] for name in kept})
+
+
+def test_normalised_latents_pull_entries_by_direction_and_with_their_length():
+    module = quantizer(clustering=True)
+    z = 3 * jax.random.normal(jax.random.key(0), (3, 10, DIM))
+    variables = module.init(jax.random.key(1), z)
+    codebook, kept = variables["params"]["codebook"], {name: variables[name] for name in ("statistics", "edits")}
+    kept["statistics"] = {"usage": jnp.linspace(0, 5e-4, CODES)}  # shares of all sizes
+    _, kept = module.apply({**variables, **kept}, z, train=True, mutable=["statistics", "edits"])
+    share = jnp.exp(-10 * CODES * kept["statistics"]["usage"] / 0.01 - 1e-3)[:, None]
+    flat = z.reshape(-1, DIM)
+    pulled_to = flat[(vq.unit(codebook) @ vq.unit(flat).T).argmax(-1)]
+    assert_close_tree(edited(codebook, kept)[0], (1 - share) * codebook + share * pulled_to)

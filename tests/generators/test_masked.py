@@ -8,6 +8,7 @@ import pytest
 from gigatok_jax import config, sharding
 from gigatok_jax.generators import masked
 from gigatok_jax.nn.attention import attend, attend_dropped
+from gigatok_jax.objectives.masked import MaskedObjective
 from tests.compare import assert_close_tree
 from tests.steps import assert_same_leaves
 from tests.tiny import drawn_masked, tiny_masked
@@ -127,3 +128,29 @@ def test_mask_ratios():
 def test_sections_that_cannot_work(architecture, options, words):
     with pytest.raises(ValueError, match=words):
         masked.build(tiny_masked(architecture, **options))
+
+
+def test_how_many_ids_are_masked_is_rounded():
+    objective = MaskedObjective(None, class_dropout=0.0, mask_schedule="linear")
+    order = jax.random.uniform(jax.random.key(0), (K, K))
+    for over, want in ((0.3, [1, *range(1, K)]), (0.7, range(1, K + 1))):  # one at least
+        masks = objective.masks(1 - (jnp.arange(K) + over) / K, order)
+        np.testing.assert_array_equal(masks.sum(-1), want)
+
+
+def test_berts_norms_forget_the_scale():
+    """Of signals so small that an epsilon of more than the published 1e-12 would tell."""
+    model, params = drawn_masked("bert")
+    ids, classes = jnp.arange(K, dtype=jnp.int32)[None], jnp.array([1])
+
+    def last(scale):
+        def scaled(path, leaf):
+            name = sharding.path_name(path)
+            if "/out/" in name:
+                return 0 * leaf  # the layers are their norms alone
+            return leaf if name.startswith("head") else scale * leaf
+
+        changed = jax.tree_util.tree_map_with_path(scaled, params)
+        return model.apply({"params": changed}, ids, classes, taps=(4,))[1]["layer_4"] / scale
+
+    assert_close_tree(last(1e-3), last(1.0), 1e-4)

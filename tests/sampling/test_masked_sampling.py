@@ -146,3 +146,27 @@ def test_steps_win_an_id_while_there_are_two(schedule, num_steps):
 def test_steps_that_cannot_work(options, words):
     with pytest.raises(ValueError, match=words):
         masked.make_steps(K, **options)
+
+
+def test_logits_and_noise_are_annealed():
+    steps = masked.make_steps(K, num_steps=4, temperature=2.0)
+    np.testing.assert_allclose(steps.divisor, [1.1, 0.9, 0.7, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(steps.noise, [1.5, 1.0, 0.5, 0.0])
+    assert (masked.make_steps(K, num_steps=4, anneal=False).divisor == 1).all()
+
+
+def test_noise_is_finite_where_its_logarithms_are_not():
+    np.testing.assert_allclose(
+        masked.gumbel(jnp.array([0.0, 0.5, 1.0])),
+        -np.log([20 * np.log(10), np.log(2), 1e-20]),
+        rtol=1e-6,
+    )
+
+
+def test_settings_of_the_published_evaluation():
+    fields = ("num_steps", "scale", "temperature", "schedule")
+    assert {size: tuple(settings[field] for field in fields) for size, settings in masked.PUBLISHED.items()} == {
+        "l-32": (8, 4.5, 9.5, "linear"),
+        "b-64": (8, 3.0, 11.0, "linear"),
+        "s-128": (64, 6.9, 2.8, "power-cosine"),
+    }

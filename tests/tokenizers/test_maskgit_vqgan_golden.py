@@ -13,8 +13,10 @@ from safetensors.numpy import load_file
 
 import gigatok_jax
 from gigatok_jax import config, objectives
+from gigatok_jax.bottlenecks import vq
 from gigatok_jax.hub import keymap, models
 from gigatok_jax.hub import maskgit_vqgan as hub
+from gigatok_jax.nn import norms
 from gigatok_jax.tokenizers.maskgit_vqgan import pixel_decoder
 from tests.compare import assert_close_tree
 from tests.tiny import config_module
@@ -36,7 +38,11 @@ def loaded(golden):
     return np.load(golden / "titok" / "maskgit_vqgan.npz"), section, state
 
 
-def test_activations_ids_and_loss(loaded):
+@pytest.mark.parametrize("large", [False, True])
+def test_activations_ids_and_loss(loaded, large, monkeypatch):
+    """`large`: with the GroupNorm of large maps."""
+    if large:
+        monkeypatch.setattr(norms, "MIN_ENTRIES", 1)
     want, section, state = loaded
     tokenizer = objectives.build_tokenizer(section, "float32")
     params = keymap.from_published(hub.entries(section), state)
@@ -51,6 +57,19 @@ def test_activations_ids_and_loss(loaded):
     weights = config_module("maskgit_vqgan").get_config().loss
     loss = sum(weights[f"{name}_weight"] * codes.losses[name] for name in ("codebook", "commitment"))
     np.testing.assert_allclose(loss, want["vq_loss"], rtol=1e-5)
+
+
+def test_soft_and_hard_codes(loaded):
+    """The soft ones are what the entropy loss is of, at another temperature; mixed by them, one-hot ones are codes."""
+    want, section, state = loaded
+    params = keymap.from_published(hub.entries(section), state)["bottleneck"]
+    z_NZ, soft_BKV = nhwc(want["enc_hidden"]).reshape(-1, section["code_dim"]), want["soft_code_temp07"]
+    soft = jax.nn.softmax(vq._distances(z_NZ, params["codebook"]) / -0.7).reshape(2, 16, -1)
+    assert_close_tree(soft[:, :2], soft_BKV, 1e-4)
+    quantizer = vq.VectorQuantizer(section["codebook_size"], section["code_dim"], normalized=False)
+    hard = jax.nn.one_hot(want["hard_code"], section["codebook_size"])
+    mixed = quantizer.apply({"params": params}, hard, method="soft_lookup")
+    assert_close_tree(mixed, nhwc(want["z_q"]).reshape(mixed.shape), 1e-6)
 
 
 def test_the_pixel_decoder_alone_reads_a_map(loaded):

@@ -11,7 +11,10 @@ from gigatok_jax.bottlenecks.codes import Codes
 from gigatok_jax.evals.reconstruction import to_uint8
 from gigatok_jax.hub import keymap
 from gigatok_jax.hub import titok as hub
+from gigatok_jax.nn.transformer import ViTLayer
+from gigatok_jax.nn.vit import PatchEmbed
 from gigatok_jax.tokenizers import titok
+from tests.compare import assert_close_tree
 
 pytestmark = pytest.mark.golden
 SIZES = {"width": 64, "depth": 2, "heads": 4}
@@ -40,11 +43,6 @@ def nhwc(x):
 def tokens(x):
     """(B, C, h, w) → (B, h·w, C)."""
     return nhwc(x).reshape(x.shape[0], -1, x.shape[1])
-
-
-def close(ours, published, relative=1e-4):
-    scale = np.abs(published).max()
-    np.testing.assert_allclose(ours, published, atol=relative * scale, rtol=0)
 
 
 def load(golden, name):
@@ -84,29 +82,42 @@ def test_activations(golden, name):
 
     target, decoded, codes, out = run(params, image)
     if "encoder_out" in want:
-        close(codes.pre_BKZ, tokens(want["encoder_out"]))
+        assert_close_tree(codes.pre_BKZ, tokens(want["encoder_out"]))
     np.testing.assert_array_equal(codes.ids_BK, want["indices"][:, 0])
-    close(codes.latents_BKZ, tokens(want["z_quantized"]))
+    assert_close_tree(codes.latents_BKZ, tokens(want["z_quantized"]))
     if "quantizer_loss" in want:
-        close(codes.losses["codebook"] + 0.25 * codes.losses["commitment"], want["quantizer_loss"])
+        assert_close_tree(codes.losses["codebook"] + 0.25 * codes.losses["commitment"], want["quantizer_loss"])
     if name == "titok_stage1":
-        close(target, tokens(want["decoder_logits"]))
-        close(target, tokens(want["forward_logits"]))
-        close(decoded, tokens(want["decode_tokens_logits"]))
-        close(0.25 * codes.losses["commitment"], want["commitment_loss"])
-        close(codes.losses["codebook"], want["codebook_loss"])
+        assert_close_tree(target, tokens(want["decoder_logits"]))
+        assert_close_tree(target, tokens(want["forward_logits"]))
+        assert_close_tree(decoded, tokens(want["decode_tokens_logits"]))
+        assert_close_tree(0.25 * codes.losses["commitment"], want["commitment_loss"])
+        assert_close_tree(codes.losses["codebook"], want["codebook_loss"])
     elif name == "titok_stage2":
-        close(out["proxy_logits"], tokens(want["decoder_logits"]))
-        close(out["pre_decoder_cnn"], nhwc(want["soft_embedding"]))
-        close(target, nhwc(want["pixel_decoder_out"]) * 2 - 1)
-        close(target, nhwc(want["forward_out"]) * 2 - 1)
-        close(decoded, nhwc(want["decode_tokens_out"]) * 2 - 1)
+        assert_close_tree(out["proxy_logits"], tokens(want["decoder_logits"]))
+        assert_close_tree(out["pre_decoder_cnn"], nhwc(want["soft_embedding"]))
+        assert_close_tree(target, nhwc(want["pixel_decoder_out"]) * 2 - 1)
+        assert_close_tree(target, nhwc(want["forward_out"]) * 2 - 1)
+        assert_close_tree(decoded, nhwc(want["decode_tokens_out"]) * 2 - 1)
         # Published code truncates, ours rounds: a step of 8 bits at most.
         published = want["decode_tokens_clamped_uint8"].astype(int)
         assert np.abs(np.asarray(to_uint8(decoded)).astype(int) - published).max() <= 1
     else:
-        close(target, nhwc(want["recon"]) * 2 - 1)
-        close(decoded, nhwc(want["decode_tokens_out"]) * 2 - 1)
+        assert_close_tree(target, nhwc(want["recon"]) * 2 - 1)
+        assert_close_tree(decoded, nhwc(want["decode_tokens_out"]) * 2 - 1)
+
+
+def test_patches_and_a_layer(golden):
+    """By themselves: an activation at the end may forgive what is wrong within."""
+    _, _, params, tokenizer, want = load(golden, "titok_stage1")
+    options = {"method": "encode", "mutable": "intermediates"}
+    options["capture_intermediates"] = lambda module, _: isinstance(module, PatchEmbed)
+    _, kept = jax.jit(lambda image: tokenizer.apply({"params": params}, image, **options))(2 * nhwc(want["image"]) - 1)
+    (patches,) = kept["intermediates"]["encoder"]["embed"]["__call__"]
+    assert_close_tree(patches, tokens(want["patch_embed"]), 1e-5)
+    layer = jax.tree.map(lambda leaf: leaf[0], params["encoder"]["stack"]["layers"])
+    out = jax.jit(ViTLayer(SIZES["heads"]).apply)({"params": layer}, want["block0_in_LND"].swapaxes(0, 1))
+    assert_close_tree(out, want["block0_out_LND"].swapaxes(0, 1), 1e-5)
 
 
 class Recorded:
@@ -141,10 +152,10 @@ def test_stage_1_loss_and_its_gradients(golden):
         return jax.value_and_grad(lambda p: loss({"tokenizer": p}, *args), has_aux=True)(params)
 
     (total, (_, metrics)), gradients = run(params)
-    close(total, recorded["total_loss"])
-    close(metrics["loss/proxy"], recorded["reconstruction_loss"])
-    close(metrics["loss/codebook"] + metrics["loss/commitment"], recorded["quantizer_loss"])
+    assert_close_tree(total, recorded["total_loss"])
+    assert_close_tree(metrics["loss/proxy"], recorded["reconstruction_loss"])
+    assert_close_tree(metrics["loss/codebook"] + metrics["loss/commitment"], recorded["quantizer_loss"])
     ours = keymap.into_published(entries, gradients)
     assert ours.keys() == published.keys()
     for key, value in published.items():
-        close(ours[key], value)
+        assert_close_tree(ours[key], value)
