@@ -124,7 +124,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/gigatok.py:b-l.", lock_config=True)
     flags.DEFINE_list("what", None, "Any of train, encode, decode; train, sample; or input, alone. All by default.")
     flags.DEFINE_float("pace_ms", 0.0, "Of input: milliseconds of a step, slept in its place.", lower_bound=0.0)
-    flags.DEFINE_float("scale", 1.0, "Of sample: guidance scale; 1 is none.", lower_bound=1.0)
+    flags.DEFINE_float(
+        "scale", 1.0, "Of sample: guidance scale; 1 is none (of a masked generator 1 + sample's).", lower_bound=1.0
+    )
     flags.DEFINE_enum("dtype", None, DTYPES, "Of sample: its weights; the config's by default.")
     flags.DEFINE_integer("steps", 10, "Timed calls.", lower_bound=1)
     flags.DEFINE_integer("warmup", 2, "Calls before them.", lower_bound=0)
