@@ -93,8 +93,6 @@ def test_stage_1_then_stage_2_resumed_to_the_bit(proxy, tmp_path):
         cfg = titok_run(STAGE_2, num_steps=6, start__bundle=str(tmp_path / "bundle"))
         cfg.groups.tokenizer.trainable = "decoder/.*"
         cfg.loss.update(codebook_weight=0.0, commitment_weight=0.0, entropy_weight=0.0, discriminator_start=4)
-        cfg.discriminator.update(name="blur", base_channels=32)
-        cfg.loss.lecam = "of_means"
         cfg.checkpoint.every = 2
         return cfg
 
