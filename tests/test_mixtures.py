@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gigatok_jax import config, export, from_pretrained, sample, teachers
 from gigatok_jax.hub import bundle, keymap, sections
 from gigatok_jax.run import Run
 from tests.networks import VITS, narrow
 from tests.steps import train
+from tests.teachers import test_convnext
 from tests.test_first_stage import write_pictures
 from tests.test_titok_run import titok_run
-from tests.tiny import TINIEST, tiny_generator, tiny_masked, tiny_run
+from tests.tiny import TINIEST, config_module, tiny_generator, tiny_masked, tiny_run
 
 WITH_CODES, ADVERSARIAL = {"l2", "codebook", "commitment"}, {"adversarial", "discriminator"}
 KL = {
@@ -27,6 +29,17 @@ SEMANTIC = {"loss__semantic_weight": 0.5, "tokenizer__teacher_dim": VITS["dinov2
 DINO = {"discriminator__name": "dino", "loss__discriminator_start": 1, "loss__lecam_weight": 0.0}
 ALONE = {"loss__discriminator_start": 10**9}
 BLUR = {"discriminator__name": "blur", "discriminator__base_channels": 32, "loss__lecam": "of_means"}
+
+
+def titok_recipe(size):
+    """What TiTok is published with, its discriminator from the first step; of 16 px, for LPIPS' five stages."""
+    cfg = config_module("titok").get_config(size)
+    groups = {f"groups__{name}": {**group, "warmup_steps": 0} for name, group in cfg.groups.items()}
+    losses = {f"loss__{name}": value for name, value in cfg.loss.items()} | {"loss__discriminator_start": 1}
+    tokenizer = {f"tokenizer__{field}": cfg.tokenizer[field] for field in ("head", "legacy", "normalized")}
+    return groups | losses | tokenizer | BLUR | {"tokenizer__image_size": 16, "tokenizer__patch": 4}
+
+
 # Family, what its config says otherwise, and the loss terms of the last step.
 MIXTURES = {
     "titok entropy": ("titok", {"loss__entropy_weight": 0.1}, WITH_CODES | {"entropy"}),
@@ -35,6 +48,7 @@ MIXTURES = {
     "titok kl": ("titok", KL, {"l2", "kl"}),
     "titok clustering": ("titok", {"tokenizer__normalized": False, "tokenizer__clustering": True}, WITH_CODES),
     "titok folder": ("titok", {"data__source": "folder"}, WITH_CODES),
+    "titok recipe": ("titok", titok_recipe("bl-64-vq"), WITH_CODES | ADVERSARIAL | {"perceptual", "convnext", "lecam"}),
     "gigatok kl": ("gigatok", ALONE | KL, {"l2", "kl"}),
     "gigatok 2d kl": ("gigatok", ALONE | KL | {"tokenizer__layout": "2d"}, {"l2", "kl"}),
     "gigatok blur": ("gigatok", BLUR, WITH_CODES | ADVERSARIAL | {"entropy", "lecam"}),
@@ -43,6 +57,8 @@ MIXTURES = {
 REACHED = {
     "l2": {"encoder", "decoder"},
     "semantic": {"encoder", "decoder"},
+    "perceptual": {"encoder", "decoder"},
+    "convnext": {"encoder", "decoder"},
     "adversarial": {"encoder", "decoder"},
     "codebook": {"bottleneck"},
     "commitment": {"encoder"},
@@ -69,7 +85,10 @@ def networks(tmp_path_factory):
             for name, value in table.items():
                 patch.setitem(table, name, value)
         patch.setenv("GIGATOK_WEIGHTS", "")
-        narrow(tmp_path_factory.mktemp("weights"))
+        narrow(folder := tmp_path_factory.mktemp("weights"))
+        patch.setitem(teachers.CONVNEXTS, "convnext-s", test_convnext.NARROW)
+        patch.setattr(teachers, "CLASSIFIED", 32)  # px: a cell of its last map
+        save_file(test_convnext.drawn(), folder / "convnext-s.safetensors")
         yield
 
 
@@ -105,7 +124,7 @@ def test_a_mixture_is_a_config_line(name, tmp_path):
         assert min(line[f"grad_norm/tokenizer/{part}"] for part in ("encoder", "decoder")) > 0
     assert reached(one) == {term: REACHED[term] for term in terms}
     export.export(tmp_path / "run", tmp_path / "bundle")
-    pipeline, images = from_pretrained(tmp_path / "bundle"), pictures(3)
+    pipeline, images = from_pretrained(tmp_path / "bundle"), pictures(3, cfg.tokenizer.image_size)
     if cfg.tokenizer.codebook_size:
         ids = pipeline.tokenize(images)
         assert ids.shape == (3, cfg.tokenizer.num_latent_tokens) and ids.max() < cfg.tokenizer.codebook_size
@@ -119,14 +138,16 @@ def test_a_mixture_is_a_config_line(name, tmp_path):
     assert np.abs(made - (127.5 * np.asarray(want) + 127.5).clip(0, 255)).max() <= 1
 
 
-def pictures(count):
-    """Blocks of colour, (count, 8, 8, 3) uint8."""
-    return np.random.default_rng(1).integers(0, 256, (count, 2, 2, 3)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+def pictures(count, size):
+    """Blocks of colour, (count, size, size, 3) uint8."""
+    blocks = np.random.default_rng(1).integers(0, 256, (count, 2, 2, 3)).astype(np.uint8)
+    return blocks.repeat(size // 2, 1).repeat(size // 2, 2)
 
 
 def reached(one):
     """{term: the parts of the models that its gradient reaches} of a run's last phase."""
-    objective, state, batch = one.objective, jax.device_get(one.state), {"image": pictures(4)}
+    objective, state, size = one.objective, jax.device_get(one.state), one.cfg.tokenizer.image_size
+    batch = {"image": pictures(4, size)}
     loss = objective.loss(objective.phase(one.cfg.num_steps))
 
     def terms(params):

@@ -150,3 +150,16 @@ def test_trains_and_is_scored(form, tmp_path):
     one, _ = steps_of(tmp_path, cfg)
     assert ("loss/kl" if form == "kl" else "codebook/usage") in one.objective.shown
     assert (tmp_path / "grids" / "step_00000003.png").exists()
+
+
+def test_a_first_stage_with_statistics_is_resumed_to_the_bit(proxy, tmp_path):
+    def stage():
+        return titok_run(STAGE_1 | FORMS["clustering"], num_steps=4, first_stage__bundle=proxy)
+
+    _, whole = steps_of(tmp_path / "whole", stage())
+    steps_of(tmp_path / "parts", stage(), until=2)
+    one, parts = steps_of(tmp_path / "parts", stage())
+    assert one.start == 2
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    usage = whole.state["tokenizer"]["statistics"]["bottleneck"]["usage"]
+    np.testing.assert_allclose(usage.sum(), 1 - 0.99**4, rtol=1e-4)  # of all steps, before the resume and after
