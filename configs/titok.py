@@ -6,8 +6,9 @@ Single stage, pixels from the first step: bl-64-vq, bl-128-vq, sl-256-vq, and co
 bl-128-kl. Two stages: l-32, b-64, s-128 are the released models with their pixel decoder (stage 2); l-32-stage1 and so
 on learn the ids of a proxy tokenizer first, whose bundle --config.first_stage.bundle names, and joined with it are what
 --config.start.bundle of stage 2 names. At 512 px, of which neither weights nor code are published: l-64-512, b-128-512,
-after a proxy tokenizer of 512 px and 1,024 ids. On a laptop, on the quickstart's photographs: cpu-tiny (single stage),
-cpu-tiny-kl, and in two stages, as at any size,
+after a proxy tokenizer of 512 px and 1,024 ids an image: `convert --from=maskgit-vqgan` makes one of the weights of
+256 px with --fields='{"image_size": 512, "num_latent_tokens": 1024}'. On a laptop, on the quickstart's photographs:
+cpu-tiny (single stage), cpu-tiny-kl, and in two stages, as at any size,
 
     python -m gigatok_jax.train --config=configs/maskgit_vqgan.py:cpu-tiny --workdir=runs/proxy
     python -m gigatok_jax.export --checkpoint=runs/proxy --bundle=runs/proxy/bundle

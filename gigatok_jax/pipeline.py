@@ -20,14 +20,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from gigatok_jax import config, data, program, stages
+from gigatok_jax import config, data, objectives, program, stages
 from gigatok_jax.data.shards import write_json
 from gigatok_jax.evals.grid import picture_grid
 from gigatok_jax.evals.page import LOSSES, write_page
 from gigatok_jax.sampling.pipelines import TokenizerPipeline, from_pretrained
 
 SHOWN, COLUMNS = 36, 6  # pictures of each kind on the page
-GENERATORS = ("ar", "masked")  # objectives
+GENERATORS = tuple(name for name, kind in objectives.OBJECTIVES.items() if kind.generates)
 COUNTED = 65_536  # training images, evenly spaced, whose ids are counted at most
 
 

@@ -81,6 +81,7 @@ class Run:
     def _first_state(self, allow_config_change: bool) -> train_state.TrainState:
         """The newest checkpoint, or a fresh start."""
         if self.checkpoints.latest_step() is None:
+            start.check(self.cfg, self.abstract.params)
             return start.from_bundle(self.cfg, train_state.init(*self._state_args), self.mesh)
         same = {"config": self.resolved, "allow_config_change": allow_config_change}
         state, extra = self.checkpoints.restore(self.abstract, **same)

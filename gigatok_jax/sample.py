@@ -196,7 +196,9 @@ def run() -> dict[str, Any]:
     generator = generator_pipeline(bundle.load(FLAGS.generator, "generator"), dtype=FLAGS.dtype, mesh=mesh)
     settings = settings_of(generator)
     if FLAGS.agreement and not generator.follows:
-        raise ValueError("--agreement compares AR generators position by position: leave it out")
+        raise ValueError(
+            "--agreement compares position by position, and this generator writes all at once: leave it out"
+        )
     tokenizer = TokenizerPipeline(bundle.load(FLAGS.tokenizer, "tokenizer"), mesh=mesh)
     check_pair(generator, tokenizer)
     out, classes = Path(FLAGS.out).expanduser(), generator.model.num_classes

@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|generator/.*)modulate(_out)?/kernel$", ("embed", "mlp")),
     (r"(^|generator/.*)skip/kernel$", ("embed", None)),
     (r"(_pos|type_table)$", (None, "embed")),
-    (r"codebook$", ("codes", None)),
+    (r"codebook(/add)?$", ("codes", None)),
 )
 
 PRESETS: dict[str, dict[str, str]] = {

@@ -112,9 +112,24 @@ def test_stage_1_then_stage_2_resumed_to_the_bit(proxy, tmp_path):
 
 def test_weights_that_would_stay_as_drawn_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"trainable='decoder/\.\*' would keep weights as they are drawn: name the bundle"
+        ValueError, match=r"trainable='decoder/\.\*' would keep bottleneck/codebook and \d+ more as they are"
     ):
         Run(titok_run(groups__tokenizer__trainable="decoder/.*").lock(), tmp_path)
+
+
+def test_a_pattern_of_all_weights_keeps_none(tmp_path):
+    Run(titok_run(groups__tokenizer__trainable="(encoder|bottleneck|decoder)/.+").lock(), tmp_path)
+
+
+def test_a_first_stage_that_is_not_joined_starts_no_second(proxy, tmp_path):
+    section = config.to_json(titok_run(STAGE_1).tokenizer)
+    arrays = {
+        name: np.zeros(leaf.shape, np.float32) for name, leaf in sections.parameter_shapes("tokenizer", section).items()
+    }
+    bundle.save(tmp_path / "first", "tokenizer", section, arrays.__getitem__)
+    cfg = titok_run(STAGE_2, start__bundle=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match=r"join it with that one's bundle, .*--proxy=BUNDLE"):
+        Run(cfg.lock(), tmp_path / "run")
 
 
 def test_a_start_of_another_model_is_refused(proxy, tmp_path):

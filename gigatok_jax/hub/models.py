@@ -183,4 +183,7 @@ def _layout(name: str) -> ModelLayout:
 def _check_form(name: str, section: Mapping[str, Any]) -> None:
     for field, value in _layout(name).requires.items():
         if section[field] != value:
-            raise ValueError(f"{name} has {field}={value!r}, this model {field}={section[field]!r}")
+            raise ValueError(
+                f"{name} has {field}={value!r}, this model {field}={section[field]!r}: no published model of this form "
+                "does, keep the bundle as it is"
+            )

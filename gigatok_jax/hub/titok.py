@@ -47,6 +47,8 @@ def _head(cfg: Mapping[str, Any]) -> Iterator[Entry]:
         yield from dense("decoder.ffn.0", f"{path}/patches", 3 * cfg["patch"] ** 2, width, kind="conv1x1")
         yield from conv("decoder.conv_out", f"{path}/conv_out", 3, 3, 3)
         return
+    if cfg["patch"] != 2 ** (len(cfg["proxy_conv_multipliers"]) - 1):
+        raise ValueError(f"no published TiTok has cells of several ids of its proxy (patch={cfg['patch']})")
     path += "/proxy" if cfg["head"] == "proxy_pixels" else ""
     yield from dense("decoder.ffn.0", f"{path}/hidden", 2 * width, width, kind="conv1x1")
     yield from dense("decoder.ffn.2", f"{path}/logits", cfg["proxy_codebook_size"], 2 * width, kind="conv1x1")

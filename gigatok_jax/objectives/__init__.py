@@ -160,7 +160,8 @@ def _proxy(cfg: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer | None:
         if cfg["first_stage"][field] != value:
             raise ValueError(
                 f"the proxy tokenizer of config.first_stage.bundle={cfg['first_stage']['bundle']!r} has "
-                f"{field}={cfg['first_stage'][field]}, this tokenizer's decoder wants {value}"
+                f"{field}={cfg['first_stage'][field]}, this tokenizer's decoder wants {value} (configs/titok.py says "
+                "how to come by one)"
             )
     return proxy
 

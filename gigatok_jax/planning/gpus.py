@@ -101,7 +101,7 @@ def without_fused_attention(cfg: ConfigDict) -> tuple[ConfigDict, list[str]]:
     """A config that can be compiled without its GPU, and what to say of the difference."""
     cfg, notes = cfg.copy_and_resolve_references().unlock(), []
     for section in ("tokenizer", "generator"):
-        if section in cfg and cfg[section].attention == "cudnn":
+        if section in cfg and cfg[section].get("attention") == "cudnn":
             cfg[section].attention = "xla"
             notes.append(
                 f"{section}.attention=cudnn cannot be compiled without its GPU: this is XLA's, "

@@ -12,7 +12,7 @@ from gigatok_jax.sampling.masked_pipeline import MaskedPipeline
 
 
 class Sampler(NamedTuple):
-    """What sets a family's sampling apart. Its "steps" are arrays whose values make no other program.
+    """What sets a family's sampling apart. Its "steps" are traced: other values run the same program.
 
     pipeline: of its bundles.   schedules: names of how its guidance may go along the steps.
     held: (parameters, dtype) → parameters as `generate` takes them; ValueError for a dtype that it does not sample in.

@@ -33,7 +33,10 @@ def build(cfg: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Tokenizer:
             f"{cfg['image_size']} has {grid[0]}x{grid[1]}={grid[0] * grid[1]}"
         )
     if one_d and grid[0] * grid[1] * cfg["num_latent_tokens"] > MAX_POOLING:
-        raise ValueError(f"{cfg['num_latent_tokens']} latent tokens of {grid[0] * grid[1]} cells are too many")
+        raise ValueError(
+            f"tokenizer.num_latent_tokens={cfg['num_latent_tokens']} of {grid[0] * grid[1]} cells are too many: their "
+            f"product is {MAX_POOLING} at most; take fewer, or a smaller image_size"
+        )
     check_channels(cfg)
     convs = dict(
         base=cfg["conv_base"],

@@ -83,13 +83,13 @@ def _proxy_factor(cfg: Mapping[str, Any]) -> int:
     if cfg["patch"] % factor:
         raise ValueError(
             f"tokenizer.patch={cfg['patch']} is no multiple of the {factor} pixels a side that the proxy makes of an "
-            "id (one level of tokenizer.proxy_conv_multipliers fewer halves them)"
+            "id: take a multiple, or fewer levels in tokenizer.proxy_conv_multipliers"
         )
     return factor
 
 
 def _proxy_ids(cfg: Mapping[str, Any]) -> dict[str, int]:
-    """Of how many ids, and how many, the proxy's grid is."""
+    """The size of the proxy's codebook, and of how many ids its grid is."""
     side = cfg["image_size"] // _proxy_factor(cfg)
     return {"proxy_codebook_size": cfg["proxy_codebook_size"], "num_proxy_ids": side**2}
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gigatok_jax import config, plan, sharding
 from gigatok_jax.planning import compiling, golden, picture, report, topology
+from gigatok_jax.planning.gpus import without_fused_attention
 from gigatok_jax.scaling.chips import topology as named
 from tests.tiny import TINIEST, config_module, tiny_generator, tiny_run
 
@@ -93,6 +94,7 @@ def test_what_does_not_fit_is_said_with_its_largest_tensors(monkeypatch, answers
     cfg.tokenizer = config.maskgit_vqgan_tokenizer()  # of convolutions alone: no stack to compute again
     said = report.misfit({**row, "settings": topology.settings(cfg)})
     assert "tokenizer.codebook_chunk" in said and "remat" not in said
+    assert without_fused_attention(cfg.lock())[1] == []
     with pytest.raises(ValueError, match="there is nothing to compare or record"):
         golden.check(tiny_run(), row, tmp_path, update=True)
     small = {**answers["tokenizer", "train"], "memory": {**needs["memory"], "temporaries": 0}}
