@@ -47,9 +47,9 @@ def check(cfg: Mapping[str, Any], params: Any) -> None:
     if kept and not cfg["start"]["bundle"]:
         first, more = sharding.path_name(kept[0]), len(kept) - 1
         raise ValueError(
-            f"config.groups.{kind}.trainable={trainable!r} would keep {first} and {more} more as they are drawn: name the "
-            "bundle that they come from with --config.start.bundle=FOLDER, or train all with "
-            f" --config.groups.{kind}.trainable='.*'"
+            f"config.groups.{kind}.trainable={trainable!r} would keep {first} and {more} more as they are drawn: name "
+            "the bundle that they come from with --config.start.bundle=FOLDER, or train all with "
+            f"--config.groups.{kind}.trainable='.*'"
         )
 
 
