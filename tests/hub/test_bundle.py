@@ -248,7 +248,7 @@ SECTIONS = [
     ("tokenizer", {"conv_multipliers": []}, "conv_multipliers is empty"),
     ("tokenizer", {"codebook_chunk": 0}, "codebook_chunk=0"),
     ("tokenizer", {"layer_2d": "x"}, "is not one of vit, qformer"),
-    ("tokenizer", {"num_latent_tokens": 65_536, "image_size": 4096}, "65536 latent tokens of 4194304 cells are too"),
+    ("tokenizer", {"num_latent_tokens": 65_536, "image_size": 4096}, "tokens=65536 of 4194304 cells are too"),
 ]
 FIELDS = [
     ("generator", {"kind": ["generator"]}, "kind should be a string"),
