@@ -82,6 +82,7 @@ def write_reports(folder: Path, planned: Sequence[stages.Stage], seconds: dict[s
     """Adds the generator's scores to the run's `report.json` and writes `report.html` beside it."""
     report = json.loads((folder / "report.json").read_text())
     scores = json.loads((folder / "generator" / "report.json").read_text())
+    report = {name: value for name, value in report.items() if name not in LOSSES}  # maybe of another generator before
     report |= {name: scores[name] for name in (*LOSSES, "unigram_entropy") if name in scores}
     write_json(folder / "report.json", report)
     tokenizer = from_pretrained(folder / "bundles" / "tokenizer")

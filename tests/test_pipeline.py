@@ -57,15 +57,20 @@ def in_this_process(monkeypatch):
     return ran
 
 
-def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
-    folder = tmp_path / "run"
-    tokenizer_run(folder)
+def ready(tmp_path, objective, **sampling):
+    """The folder of a finished tokenizer's run, and the config of a pipeline after it."""
+    tokenizer_run(tmp_path / "run")
     (tmp_path / "generator.py").write_text(GENERATOR)
     cfg = config.pipeline()
     cfg.encode_train = dict(source="photographs", crop="scale", num_views=4)
     cfg.encode_eval = dict(source="photographs", split="eval", tiles=8)
-    cfg.train_generator = dict(config=f"{tmp_path / 'generator.py'}:ar")
-    cfg.sample = dict(num_images=8, batch=8)
+    cfg.train_generator = dict(config=f"{tmp_path / 'generator.py'}:{objective}")
+    cfg.sample = dict(num_images=8, batch=8, **sampling)
+    return tmp_path / "run", cfg
+
+
+def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
+    folder, cfg = ready(tmp_path, "ar")
     before = (folder / "report.json").read_text()
     page = pipeline.run(cfg, folder)
     programs = [f"gigatok_jax.{name}" for name in ("export", "encode", "encode", "train", "export", "sample")]
@@ -86,14 +91,9 @@ def test_from_a_tokenizer_to_the_page(tmp_path, in_this_process):
 
 
 def test_a_masked_generator_comes_to_the_page_as_well(tmp_path, in_this_process):
-    folder = tmp_path / "run"
-    tokenizer_run(folder)
-    (tmp_path / "generator.py").write_text(GENERATOR)
-    cfg = config.pipeline()
-    cfg.encode_train = dict(source="photographs", crop="scale", num_views=4)
-    cfg.encode_eval = dict(source="photographs", split="eval", tiles=8)
-    cfg.train_generator = dict(config=f"{tmp_path / 'generator.py'}:masked")
-    cfg.sample = dict(num_images=8, batch=8, scale=0.0, num_steps=2)
+    folder, cfg = ready(tmp_path, "masked", scale=0.0, num_steps=2)
+    stale = json.loads((folder / "report.json").read_text()) | {"ar_val_loss": 1.0}  # of another generator, before
+    (folder / "report.json").write_text(json.dumps(stale))
     page = pipeline.run(cfg, folder)
     report = json.loads((folder / "report.json").read_text())
     assert 0 < report["masked_val_loss"] < 5 and "ar_val_loss" not in report
